@@ -1,0 +1,326 @@
+"""What a worker and its executor say to each other over the job's Unix socket (design §6): metadata only, as JSON.
+
+    executor                                worker
+      POST /resources/fetch    Fetch…    ─▶  moves a file into the work directory   ─▶  …Fetched
+      POST /resources/send     SendUpdate ─▶ streams it to the parameter server     ─▶  Accepted | Refused | Rebase
+      POST /resources/receive             ◀─ Server-Sent Events, one Event each
+      POST /status/send        reports   ─▶  answered at once                       ─▶  Instruction
+      POST /telemetry?kind=…   OTLP      ─▶  exported by the worker
+
+Every path is relative to the job's work directory and confined to it. Files named by a Fetched or an Event belong to
+the executor from then on: it deletes what it no longer needs. JSON objects carry their type in "type".
+
+A training executor:   FetchBase → BaseReady → [FetchSamples, inner steps, TrainProgress …, SendUpdate, UpdateArrived] …
+An aggregate executor: StateReady → [Screen → Screened …, Merge → MergeDone, RoundCommitted, EvaluationDone] …
+"""
+
+from typing import Annotated, Any, Union
+
+from msgspec import Meta, Struct
+
+from hypha.protocol.messages import INTERVALS_PER_CONTRIBUTION_MAX, Count, Digest, Interval, Reason
+
+RelativePath = Annotated[str, Meta(min_length=1, max_length=1024)]
+
+
+class BridgeMessage(Struct, frozen=True, kw_only=True, tag=True):
+    """Base of what crosses the bridge; `traceparent` continues the round's trace in the other process."""
+
+    traceparent: Annotated[str, Meta(max_length=64)] | None = None
+
+
+class FileRef(Struct, frozen=True, kw_only=True):
+    """A file in the work directory with its size and sha256."""
+
+    path: RelativePath
+    bytes: Count
+    digest: Digest
+
+
+class BridgeError(BridgeMessage, frozen=True, kw_only=True):
+    """The answer no (HTTP 4xx/5xx). `retry`: the same request may succeed later."""
+
+    reason: Reason
+    retry: bool = False
+
+
+# --- fetch -----------------------------------------------------------------------------------------------------------
+
+
+class FetchSource(BridgeMessage, frozen=True, kw_only=True):
+    """The directory of the job's model or preprocessor repository: `what` is "model" or "preprocessor"."""
+
+    what: Annotated[str, Meta(pattern="^(model|preprocessor)$")]
+
+
+class SourceFetched(BridgeMessage, frozen=True, kw_only=True):
+    """An absolute directory on this machine (a cache shared by jobs, read-only) that from_pretrained loads."""
+
+    directory: str
+
+
+class FetchBase(BridgeMessage, frozen=True, kw_only=True):
+    """The base model of the newest view; waits until there is a view and the file is here, digest verified."""
+
+
+class BaseFetched(BridgeMessage, frozen=True, kw_only=True):
+    """`file` is model `round - 1`: the base of round `round`."""
+
+    round: Count
+    file: FileRef
+
+
+class FetchResume(BridgeMessage, frozen=True, kw_only=True):
+    """Aggregate only: the files of the job's ResumePoint."""
+
+
+class ResumeFetched(BridgeMessage, frozen=True, kw_only=True):
+    """Model and momentum after `round` outer steps, then records to replay in order."""
+
+    round: Count
+    model: FileRef
+    momentum: FileRef
+    records: tuple[FileRef, ...]
+
+
+class FetchSamples(BridgeMessage, frozen=True, kw_only=True):
+    """The next samples of round `round`; `wanted` is a wish. `request` counts up from 0 in each round."""
+
+    round: Count
+    request: Count
+    wanted: Annotated[int, Meta(ge=1)]
+
+
+class SamplesFetched(BridgeMessage, frozen=True, kw_only=True):
+    """Rows [start, stop) of the SafeTensors file at `path` (verified, cached by the worker: never delete it)."""
+
+    interval: Interval
+    path: RelativePath
+
+
+class NoSamples(BridgeMessage, frozen=True, kw_only=True):
+    """No samples are left in this round: contribute what you have, even nothing."""
+
+    round: Count
+
+
+class FetchHeldOut(BridgeMessage, frozen=True, kw_only=True):
+    """All held-out slices of the job's dataset."""
+
+
+class HeldOutFetched(BridgeMessage, frozen=True, kw_only=True):
+    """SafeTensors files, verified and cached by the worker."""
+
+    paths: tuple[RelativePath, ...]
+
+
+Fetch = Union[FetchSource, FetchBase, FetchResume, FetchSamples, FetchHeldOut]
+Fetched = Union[SourceFetched, BaseFetched, ResumeFetched, SamplesFetched, NoSamples, HeldOutFetched]
+
+
+# --- send ------------------------------------------------------------------------------------------------------------
+
+
+class SendUpdate(BridgeMessage, frozen=True, kw_only=True):
+    """A pseudo-gradient (θ_start − θ_end, canonical SafeTensors fp32) of round `round`. samples may be 0.
+
+    The call returns when every parameter server has answered; the worker retries broken transfers itself. The file
+    stays the executor's: keep it until the round is committed, it may have to be sent again.
+    """
+
+    round: Count
+    base_digest: Digest
+    file: FileRef
+    samples: Count
+    intervals: Annotated[tuple[Interval, ...], Meta(max_length=INTERVALS_PER_CONTRIBUTION_MAX)]
+    loss: float = 0.0
+
+
+class SendAccepted(BridgeMessage, frozen=True, kw_only=True):
+    """The parameter server holds it."""
+
+
+class SendRefused(BridgeMessage, frozen=True, kw_only=True):
+    """Not taken, and why; sending the same again would not help."""
+
+    reason: Reason
+
+
+class SendRebase(BridgeMessage, frozen=True, kw_only=True):
+    """The open round has another base: go back to the θ kept for it, or FetchBase."""
+
+    round: Count
+    base_digest: Digest
+
+
+Send = SendUpdate
+Sent = Union[SendAccepted, SendRefused, SendRebase]
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+
+
+class ViewChanged(BridgeMessage, frozen=True, kw_only=True):
+    """The newest view. A training executor whose base is not (round, base_digest) rebases at once."""
+
+    view: Count
+    round: Count
+    base_digest: Digest
+    member: bool
+    committed_round: Count
+    final: bool = False
+
+
+class UpdateArrived(BridgeMessage, frozen=True, kw_only=True):
+    """Outer step `round`, to be subtracted from its base; the result must have `model_digest`."""
+
+    round: Count
+    close: Count
+    base_digest: Digest
+    model_digest: Digest
+    file: FileRef
+
+
+class RoundCommitted(BridgeMessage, frozen=True, kw_only=True):
+    """Round `round` (model `digest`) is durable: what was kept to undo it may go."""
+
+    round: Count
+    digest: Digest
+
+
+class Screen(BridgeMessage, frozen=True, kw_only=True):
+    """Aggregate: check names, shapes, dtypes and finiteness of an update; answer with Screened."""
+
+    ticket: Count
+    round: Count
+    file: FileRef
+
+
+class MergeInput(Struct, frozen=True, kw_only=True):
+    """One contribution to merge; the list comes in (peer id, fence) order."""
+
+    peer_id: str
+    fence: Count
+    samples: Count
+    file: FileRef
+
+
+class Merge(BridgeMessage, frozen=True, kw_only=True):
+    """Aggregate: close round `round` on its base with these; always from the state before the round."""
+
+    round: Count
+    close: Count
+    base_digest: Digest
+    inputs: tuple[MergeInput, ...]
+
+
+class Stop(BridgeMessage, frozen=True, kw_only=True):
+    """The job is over (finished or cancelled): exit 0."""
+
+    reason: Reason
+
+
+Event = Union[ViewChanged, UpdateArrived, RoundCommitted, Screen, Merge, Stop]
+
+
+# --- status ----------------------------------------------------------------------------------------------------------
+
+
+class TrainProgress(BridgeMessage, frozen=True, kw_only=True):
+    """Totals since the start of the round; `batch_s` is the mean of recent batches. Sent after every batch."""
+
+    round: Count
+    batches: Count
+    samples: Count
+    batch_size: Count
+    batch_s: Annotated[float, Meta(ge=0)]
+    loss: float
+
+
+class BaseReady(BridgeMessage, frozen=True, kw_only=True):
+    """The executor stands on the base of round `round`, which has this digest."""
+
+    round: Count
+    digest: Digest
+
+
+class StateReady(BridgeMessage, frozen=True, kw_only=True):
+    """Aggregate: model and momentum after `round` outer steps exist and can be served."""
+
+    round: Count
+    model: FileRef
+    momentum: FileRef
+
+
+class Screened(BridgeMessage, frozen=True, kw_only=True):
+    """Answer to Screen; `refusal` is None when the update is sound."""
+
+    ticket: Count
+    refusal: Reason | None = None
+
+
+class MergeDone(BridgeMessage, frozen=True, kw_only=True):
+    """Answer to Merge: the new model and momentum, the merged pseudo-gradient, and what was subtracted."""
+
+    round: Count
+    close: Count
+    model: FileRef
+    momentum: FileRef
+    record: FileRef
+    update: FileRef
+    update_norm: float = 0.0
+
+
+class MergeFailed(BridgeMessage, frozen=True, kw_only=True):
+    """Answer to Merge when it cannot be done (non-finite result, base unknown)."""
+
+    round: Count
+    close: Count
+    reason: Reason
+
+
+class EvaluationDone(BridgeMessage, frozen=True, kw_only=True):
+    """Held-out loss, nats per predicted token, of model `round`."""
+
+    round: Count
+    digest: Digest
+    loss: float
+    samples: Count
+
+
+class ExecutorFailed(BridgeMessage, frozen=True, kw_only=True):
+    """The executor gives up; it exits with a non-zero code right after."""
+
+    reason: Reason
+
+
+Report = Union[
+    TrainProgress,
+    BaseReady,
+    StateReady,
+    Screened,
+    MergeDone,
+    MergeFailed,
+    EvaluationDone,
+    ExecutorFailed,
+]
+
+
+class GoOn(BridgeMessage, frozen=True, kw_only=True):
+    """Noted; nothing to do differently."""
+
+
+class SyncAt(BridgeMessage, frozen=True, kw_only=True):
+    """Contribute once `batches` batches of round `round` are done."""
+
+    round: Count
+    batches: Count
+
+
+class Finish(BridgeMessage, frozen=True, kw_only=True):
+    """Exit 0 now."""
+
+
+Instruction = Union[GoOn, SyncAt, Finish]
+
+BridgeBody = Any
