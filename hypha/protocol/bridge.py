@@ -14,7 +14,7 @@ A training executor:   FetchBase → BaseReady → [FetchSamples, inner steps, T
 An aggregate executor: StateReady → [Screen → Screened …, Merge → MergeDone, RoundCommitted, EvaluationDone] …
 """
 
-from typing import Annotated, Any, Union
+from typing import Annotated
 
 from msgspec import Meta, Struct
 
@@ -114,8 +114,8 @@ class HeldOutFetched(BridgeMessage, frozen=True, kw_only=True):
     paths: tuple[RelativePath, ...]
 
 
-Fetch = Union[FetchSource, FetchBase, FetchResume, FetchSamples, FetchHeldOut]
-Fetched = Union[SourceFetched, BaseFetched, ResumeFetched, SamplesFetched, NoSamples, HeldOutFetched]
+Fetch = FetchSource | FetchBase | FetchResume | FetchSamples | FetchHeldOut
+Fetched = SourceFetched | BaseFetched | ResumeFetched | SamplesFetched | NoSamples | HeldOutFetched
 
 
 # --- send ------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class SendRebase(BridgeMessage, frozen=True, kw_only=True):
 
 
 Send = SendUpdate
-Sent = Union[SendAccepted, SendRefused, SendRebase]
+Sent = SendAccepted | SendRefused | SendRebase
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ class Stop(BridgeMessage, frozen=True, kw_only=True):
     reason: Reason
 
 
-Event = Union[ViewChanged, UpdateArrived, RoundCommitted, Screen, Merge, Stop]
+Event = ViewChanged | UpdateArrived | RoundCommitted | Screen | Merge | Stop
 
 
 # --- status ----------------------------------------------------------------------------------------------------------
@@ -294,16 +294,7 @@ class ExecutorFailed(BridgeMessage, frozen=True, kw_only=True):
     reason: Reason
 
 
-Report = Union[
-    TrainProgress,
-    BaseReady,
-    StateReady,
-    Screened,
-    MergeDone,
-    MergeFailed,
-    EvaluationDone,
-    ExecutorFailed,
-]
+Report = TrainProgress | BaseReady | StateReady | Screened | MergeDone | MergeFailed | EvaluationDone | ExecutorFailed
 
 
 class GoOn(BridgeMessage, frozen=True, kw_only=True):
@@ -321,6 +312,4 @@ class Finish(BridgeMessage, frozen=True, kw_only=True):
     """Exit 0 now."""
 
 
-Instruction = Union[GoOn, SyncAt, Finish]
-
-BridgeBody = Any
+Instruction = GoOn | SyncAt | Finish
