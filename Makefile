@@ -1,0 +1,42 @@
+# Every target is complete in itself: it sets up what it needs first. `make help` lists them.
+BIN := .venv/bin
+SEEDS ?= 20
+BENCH ?= rest
+ARGS ?=
+
+.PHONY: help setup check test sim e2e chaos bench demo certs docs clean
+
+help: ## print this list
+	@grep -E '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | expand -t 10
+
+.venv/.installed: pyproject.toml constraints.txt scripts/setup.sh
+	scripts/setup.sh
+
+setup: .venv/.installed ## make .venv with the tested versions of everything
+
+check: setup ## formatting, lint, types, layers, tidiness
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/pytest -q tests/test_tidy.py
+
+test: setup ## the tests that need no network of real processes
+	$(BIN)/pytest -q --ignore=tests/e2e --ignore=tests/sim/test_seeds.py
+
+sim: setup ## whole clusters in virtual time: SEEDS=n, SEED_START=s, or SEED=k to replay one
+	$(BIN)/python -m tests.sim.main --seeds $(SEEDS) $(if $(SEED_START),--start $(SEED_START)) $(if $(SEED),--seed $(SEED))
+
+e2e: setup ## the tutorial with real processes, certificates and sockets
+	$(BIN)/pytest -q tests/e2e
+
+bench: setup ## one figure: BENCH=placement|stream|rest|diloco
+	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
+
+demo: setup ## a secured network of real processes trains a model; flags in ARGS='…'
+	$(BIN)/hypha demo $(ARGS)
+
+certs: setup ## a private CA and one certificate per role in certs/
+	scripts/certs.sh
+
+docs: setup ## regenerate docs/reference from the code
+	$(BIN)/python -m scripts.reference
+
+clean: ## remove what the targets above made
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-run hypha_p2p.egg-info
