@@ -30,7 +30,14 @@ class RemoteProtocolError(HyphaError):
 
 
 class Refused(RemoteProtocolError):
-    """The peer answered the request with a refusal; the message is the peer's reason."""
+    """The peer answered the request with a refusal: its reason for people, its code for programs.
+
+    Code "retry" says that the answer may change soon: the peer has not seen yet what the request builds on.
+    """
+
+    def __init__(self, reason: str, code: str = "refused") -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 class PeerUnreachable(HyphaError):

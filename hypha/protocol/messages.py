@@ -52,7 +52,7 @@ class Request(Message, Generic[R], frozen=True, kw_only=True):
 
 
 class Failure(Message, frozen=True, kw_only=True):
-    """The answer no: `code` is for programs (refused, forbidden, unknown, busy, internal), `reason` for people."""
+    """The answer no: `code` is for programs (refused, retry, forbidden, unknown, busy, internal), `reason` for people."""
 
     code: Name
     reason: Reason
@@ -398,6 +398,7 @@ class OuterUpdate(Message, frozen=True, kw_only=True):
     job_epoch: Count
     view: Count
     round: Count
+    lease_id: Name  # of the worker it is for
     close: Count
     base_digest: Digest
     model_digest: Digest

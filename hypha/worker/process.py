@@ -1,0 +1,241 @@
+"""Executors as real processes: one process group each, killed whole, its death confirmed before anything is freed.
+
+    start ─▶ record on disk ─▶ running ──exit──▶ ended ─▶ group confirmed gone ─▶ record removed
+                                  └──kill──▶ SIGTERM ─▶ grace ─▶ SIGKILL ──────────┘
+
+The record (process group and start time) lets a restarted worker end what its previous incarnation left behind.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import psutil
+import trio
+
+from hypha.errors import JobFailed, StoreError
+from hypha.protocol.job import JobSpec
+from hypha.telemetry import get_logger
+from hypha.worker.bridge import JobSession, serve_bridge
+from hypha.worker.config import ExecutorConfig
+
+log = get_logger("worker.process")
+
+# What a failed job shows its scheduler; the whole output is in executor.log until the directory goes.
+LAST_LINES_KEPT = 20
+LINE_BYTES_MAX = 2000
+# A training step in progress ends within this; after it the group is killed outright.
+TERMINATE_GRACE_S = 2.0
+# SIGKILL is immediate unless the kernel holds the process (a hung device); past this we say so and keep waiting.
+KILL_POLL_S = 0.02
+KILL_WARN_S = 10.0
+
+
+class Executor(Protocol):
+    """One running executor, real or simulated."""
+
+    async def wait(self) -> int:
+        """Return the exit code once the executor has ended by itself or was killed."""
+
+    def last_lines(self) -> tuple[str, ...]:
+        """Return the end of what it wrote, for people."""
+
+
+class Launcher(Protocol):
+    """How executors are started. Implementations: processes, and the simulator's tasks."""
+
+    def launch(
+        self, job: JobSpec, lease_id: str, executor: ExecutorConfig, session: JobSession, directory: Path
+    ) -> "_Running":
+        """Run an executor while the context is open; leaving it returns only when nothing of it is left."""
+
+
+class _Running(Protocol):
+    async def __aenter__(self) -> Executor: ...
+    async def __aexit__(self, *exc: object) -> bool | None: ...
+
+
+class ProcessRecord(msgspec.Struct, frozen=True):
+    """A process group with the start time of its leader: a recycled pid has another one."""
+
+    pgid: int
+    started: float
+
+
+class ProcessExecutor:
+    """A child process with its own session, its output copied to a log and its last lines kept."""
+
+    def __init__(self, process: trio.Process, log_path: Path) -> None:
+        self._process = process
+        self._log_path = log_path
+        self._lines: deque[str] = deque(maxlen=LAST_LINES_KEPT)
+
+    @property
+    def pgid(self) -> int:
+        """The process group, which is the leader's pid because it started a session."""
+        return self._process.pid
+
+    async def wait(self) -> int:
+        """Return the exit code; negative is the signal that ended it."""
+        return await self._process.wait()
+
+    def last_lines(self) -> tuple[str, ...]:
+        """Return at most LAST_LINES_KEPT lines."""
+        return tuple(self._lines)
+
+    async def copy_output(self) -> None:
+        """Copy standard output and error to the log until the pipe closes, whoever holds it."""
+        output = self._process.stdout
+        assert output is not None
+        rest = b""
+        with self._log_path.open("ab") as sink:
+            async for chunk in output:
+                sink.write(chunk)
+                sink.flush()
+                *lines, rest = (rest + bytes(chunk)).split(b"\n")
+                self._lines.extend(line[:LINE_BYTES_MAX].decode(errors="replace") for line in lines if line.strip())
+                rest = rest[-LINE_BYTES_MAX:]
+
+
+class ProcessLauncher:
+    """Starts executors as child processes and remembers them on disk under `records`."""
+
+    def __init__(self, records: Path, environment: Mapping[str, str]) -> None:
+        self._records = records
+        self._environment = dict(environment)
+
+    @asynccontextmanager
+    async def launch(
+        self, job: JobSpec, lease_id: str, executor: ExecutorConfig, session: JobSession, directory: Path
+    ) -> AsyncIterator[Executor]:
+        """Serve the bridge, start the process, and on leaving kill its group and wait until it is gone."""
+        job_json = directory / "job.json"
+        job_json.write_bytes(msgspec.json.encode(job))
+        async with trio.open_nursery() as nursery:
+            socket_path = await nursery.start(serve_bridge, session, directory)
+            command = command_of(executor, socket_path=socket_path, work_dir=directory, job_json=job_json)
+            process = await self._spawn(command, directory)
+            running = ProcessExecutor(process, directory / "executor.log")
+            record = self._records / f"{lease_id}.json"
+            try:
+                self._remember(record, running.pgid)
+                nursery.start_soon(running.copy_output)
+                yield running
+            finally:
+                with trio.CancelScope(shield=True):
+                    await end_group(running.pgid)
+                    await process.wait()
+                record.unlink(missing_ok=True)
+                nursery.cancel_scope.cancel()
+
+    async def _spawn(self, command: list[str], directory: Path) -> trio.Process:
+        try:
+            return await trio.lowlevel.open_process(
+                command,
+                cwd=directory,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise JobFailed(f"executor {command[0]!r} did not start: {error}") from error
+
+    def _remember(self, record: Path, pgid: int) -> None:
+        try:
+            started = psutil.Process(pgid).create_time()
+        except psutil.NoSuchProcess:
+            return
+        try:
+            record.write_bytes(msgspec.json.encode(ProcessRecord(pgid, started)))
+        except OSError as error:
+            raise StoreError(f"{record}: {error.strerror}") from error
+
+    async def end_leftovers(self) -> int:
+        """Kill what a previous incarnation of this worker left running; returns how many groups."""
+        ended = 0
+        for record in sorted(self._records.glob("*.json")):
+            try:
+                left = msgspec.json.decode(record.read_bytes(), type=ProcessRecord)
+            except (OSError, msgspec.DecodeError):
+                record.unlink(missing_ok=True)
+                continue
+            if _is_same(left):
+                log.warn("Ending an executor of an earlier run", process_group=left.pgid)
+                await end_group(left.pgid)
+                ended += 1
+            record.unlink(missing_ok=True)
+        return ended
+
+
+def _is_same(left: ProcessRecord) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return abs(psutil.Process(left.pgid).create_time() - left.started) < 1.0
+    # The leader is gone; whatever still carries its group id was started by it.
+    return bool(group_members(left.pgid))
+
+
+def command_of(executor: ExecutorConfig, *, socket_path: Path, work_dir: Path, job_json: Path) -> list[str]:
+    """Return the argument vector with {SOCKET_PATH}, {WORK_DIR} and {JOB_JSON} filled in.
+
+    The built-in executors need no `cmd`: they run as `python -m hypha.training.train` or `…aggregate`.
+    """
+    values = {"{SOCKET_PATH}": str(socket_path), "{WORK_DIR}": str(work_dir), "{JOB_JSON}": str(job_json)}
+    if executor.cmd is None:
+        module = "hypha.training.train" if executor.work == "train" else "hypha.training.aggregate"
+        template = [sys.executable, "-m", module, "--socket", "{SOCKET_PATH}"]
+        template += ["--work-dir", "{WORK_DIR}", "--job", "{JOB_JSON}"]
+    else:
+        template = [executor.cmd, *executor.args]
+    for key, value in values.items():
+        template = [part.replace(key, value) for part in template]
+    return template
+
+
+def group_members(pgid: int) -> list[int]:
+    """Return the pids in a process group that are not zombies."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == pgid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return sorted(found)
+
+
+def _signal_group(pgid: int, number: signal.Signals) -> bool:
+    try:
+        os.killpg(pgid, number)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # macOS says so when only zombies are left
+        return bool(group_members(pgid))
+    return True
+
+
+async def end_group(pgid: int) -> None:
+    """Terminate a process group, kill it after a grace, and return only when none of it is left."""
+    if _signal_group(pgid, signal.SIGTERM):
+        with trio.move_on_after(TERMINATE_GRACE_S):
+            await _gone(pgid)
+            return
+    else:
+        return
+    _signal_group(pgid, signal.SIGKILL)
+    with trio.move_on_after(KILL_WARN_S):
+        await _gone(pgid)
+        return
+    log.error("A killed executor does not end; its resources stay reserved", process_group=pgid)
+    await _gone(pgid)
+
+
+async def _gone(pgid: int) -> None:
+    while group_members(pgid):  # noqa: ASYNC110 - the kernel offers no event for the end of a group
+        await trio.sleep(KILL_POLL_S)
