@@ -13,7 +13,7 @@ make equal bytes, and a sha256 over the file is a digest of the tensors. `parse_
 import json
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 from msgspec import Struct
 
@@ -139,7 +139,7 @@ def parse_header(header: bytes, *, file_bytes: int) -> Layout:
     return Layout({one.spec.name: one for one in placed}, len(header), file_bytes)
 
 
-def _place(name: str, entry: Any, data_start: int) -> Placed:
+def _place(name: str, entry: object, data_start: int) -> Placed:
     def fault(what: str) -> RemoteProtocolError:
         return RemoteProtocolError(f"tensor {name[:NAME_CHARS_MAX]!r}: {what}")
 
@@ -160,5 +160,5 @@ def _place(name: str, entry: Any, data_start: int) -> Placed:
     return Placed(spec, data_start + offsets[0], data_start + offsets[1])
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(one) is int and 0 <= one < 2**53 for one in value)
