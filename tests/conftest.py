@@ -58,8 +58,8 @@ class Pki:
         return files
 
     def crls(self, path: Path, revoked: dict[int, datetime], *, number: int = 1, **options: object) -> None:
-        """Write both authorities' lists; the organisation's names the revoked serials."""
-        lists = issue_crl(self.root, {}, number=number, **options)
+        """Write both authorities' lists, each naming the revoked serials."""
+        lists = issue_crl(self.root, revoked, number=number, **options)
         save(path, lists + issue_crl(self.org, revoked, number=number, **options), force=True)
 
 

@@ -272,6 +272,11 @@ def test_revoked_node_does_not_start(pki):
     assert refusal(revoked) == f"`cert_pem`: CN=w or its authority is revoked by {revoked.crls_pem[0]}"
 
 
+def test_node_of_a_revoked_organisation_does_not_start(pki):
+    revoked = with_crls(pki, pki.node("w", ["worker"]), revoked=[pki.org.certificate.serial_number])
+    assert "CN=w or its authority is revoked" in refusal(revoked)
+
+
 def test_each_issuing_authority_needs_a_list(pki):
     files = with_crls(pki, pki.node("w", ["worker"]))
     only_root = files.crls_pem[0].read_bytes().split(b"-----END X509 CRL-----\n")[0] + b"-----END X509 CRL-----\n"
@@ -325,6 +330,18 @@ def test_existing_file_is_kept_unless_forced(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"1"
     save(tmp_path / "a", b"2", force=True)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"2")]
+
+
+def test_root_may_sign_organisations_and_organisations_only_nodes(pki):
+    constraints = [
+        issued.certificate.extensions.get_extension_for_class(x509.BasicConstraints)
+        for issued in (pki.root, pki.org, issue_node(pki.org, "n", ["data"]))
+    ]
+    assert [(each.critical, each.value.ca, each.value.path_length) for each in constraints] == [
+        (True, True, 1),
+        (True, True, 0),
+        (True, False, None),
+    ]
 
 
 def test_node_never_outlives_its_organisation():
