@@ -1,0 +1,267 @@
+"""L1–L4 over random histories: one worker, three schedulers, clocks off by 5 %, a network that does its worst.
+
+Everything said between holder and grantor is put into a bag. What is in the bag is delivered in any order, any number
+of times, or never; old incarnations of a scheduler go on sending; process groups take their time to die.
+"""
+
+import hypothesis.strategies as st
+from hypothesis import assume, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec import Struct
+
+from hypha.protocol.holder import HeldLease, HolderState
+from hypha.protocol.lease import Ended, Gone, Kept, Lease, Ledger, Sender, Stale, Start, State
+from hypha.protocol.resources import NOTHING, Resources
+
+CAPACITY = Resources(cpu=4, gpu=2)
+OFFER_TTL_S, TTL_S = 5.0, 30.0
+SCHEDULERS = ("sched-1", "sched-2", "sched-3")
+RATES = st.floats(0.95, 1.05)
+PICK = st.integers(0, 10_000)
+
+
+class Said(Struct, frozen=True):
+    """A request on its way to the worker; `by` is the holder's object it was said by."""
+
+    kind: str
+    lease_id: str
+    sender: Sender
+    by: int
+
+
+class Reply(Struct, frozen=True):
+    """An answer on its way to the holder's object `to`."""
+
+    to: int
+    attempt: int
+    answer: Kept | Gone | Stale
+
+
+class LeaseHistory(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.ledger = Ledger(CAPACITY)
+        self.time = 0.0
+        self.fence = 0
+        self.bag: list[Said | Reply] = []
+        self.delivered: list[Said] = []
+        self.held: list[HeldLease] = []
+        self.owner: list[str] = []
+        self.epoch = dict.fromkeys(SCHEDULERS, 1)
+        self.running: dict[str, Resources] = {}
+        self.extended_at: dict[str, float] = {}
+
+    @initialize(grantor=RATES, holders=st.tuples(RATES, RATES, RATES))
+    def start(self, grantor, holders):
+        self.grantor_rate = grantor
+        self.holder_rates = dict(zip(SCHEDULERS, holders, strict=True))
+
+    def at_grantor(self):
+        return 1000 + self.grantor_rate * self.time
+
+    def at(self, scheduler):
+        return -50 + self.holder_rates[scheduler] * self.time
+
+    def current(self, index):
+        """Whether that object belongs to the living incarnation of its scheduler."""
+        return self.held[index].job_epoch == self.epoch[self.owner[index]]
+
+    def say(self, kind, index, attempt):
+        lease = self.held[index]
+        sender = Sender(peer=self.owner[index], fence=lease.fence, job_epoch=lease.job_epoch, attempt=attempt)
+        self.bag.append(Said(kind, lease.lease_id, sender, index))
+
+    def hold(self, lease_id, scheduler, fence, resources):
+        self.held.append(
+            HeldLease(
+                lease_id=lease_id,
+                worker="worker",
+                fence=fence,
+                resources=resources,
+                job_epoch=self.epoch[scheduler],
+                offer_ttl_s=OFFER_TTL_S,
+                received_at=self.at(scheduler),
+            )
+        )
+        self.owner.append(scheduler)
+
+    # --- what can happen ---------------------------------------------------------------------------------------------
+
+    @rule(seconds=st.one_of(st.floats(0, 2), st.floats(0, 40)))
+    def time_passes(self, seconds):
+        self.time += seconds
+
+    @rule(scheduler=st.sampled_from(SCHEDULERS), cpu=st.integers(1, 4), gpu=st.integers(0, 2))
+    def offer(self, scheduler, cpu, gpu):
+        self.fence += 1
+        lease_id, wanted = f"lease-{self.fence}", Resources(cpu=cpu, gpu=gpu)
+        room = self.ledger.free(self.at_grantor())
+        granted = self.ledger.grant(
+            lease_id, scheduler, wanted, ttl_s=OFFER_TTL_S, fence=self.fence, now=self.at_grantor(), job_epoch=1
+        )
+        assert isinstance(granted, Lease) == wanted.fits_in(room)
+        if isinstance(granted, Lease):
+            self.extended_at[lease_id] = self.time
+            self.hold(lease_id, scheduler, self.fence, wanted)
+
+    @precondition(lambda self: self.held)
+    @rule(pick=PICK)
+    def renew(self, pick):
+        index = pick % len(self.held)
+        lease, now = self.held[index], self.at(self.owner[index])
+        lease.lapse(now)
+        assume(lease.state is not HolderState.ENDED)
+        self.say("renew", index, lease.begin_attempt(now))
+
+    @precondition(lambda self: self.held)
+    @rule(pick=PICK, jitter=st.floats(0, 0.99))
+    def give_up_waiting(self, pick, jitter):
+        index = pick % len(self.held)
+        lease, now = self.held[index], self.at(self.owner[index])
+        lease.unanswered(max(lease._sent_at, default=0), now, jitter)
+        assert lease.state is not HolderState.ACCEPTING or lease.renew_at >= now - TTL_S
+
+    @precondition(lambda self: self.held)
+    @rule(pick=PICK, kind=st.sampled_from(["dispatch", "cancel", "release"]))
+    def ask(self, pick, kind):
+        index = pick % len(self.held)
+        lease = self.held[index]
+        if kind == "release":
+            lease.release("test")
+        else:
+            assume(lease.is_live(self.at(self.owner[index])))
+        self.say(kind, index, lease.next_attempt())
+
+    @rule(scheduler=st.sampled_from(SCHEDULERS))
+    def scheduler_restarts(self, scheduler):
+        """A new epoch tries every lease it finds in its journal; the old incarnation's objects can still send."""
+        mine = [lease for lease, owner in zip(self.held, self.owner, strict=True) if owner == scheduler]
+        known = {lease.lease_id: lease for lease in mine}
+            lease.lease_id: lease for lease, owner in zip(self.held, self.owner, strict=True) if owner == scheduler
+        }
+        self.epoch[scheduler] += 1
+        for lease in known.values():
+            if lease.state is not HolderState.ENDED:
+                self.hold(lease.lease_id, scheduler, lease.fence, lease.resources)
+
+    @precondition(lambda self: self.bag)
+    @rule(pick=PICK, keep=st.booleans())
+    def deliver(self, pick, keep):
+        index = pick % len(self.bag)
+        message = self.bag[index] if keep else self.bag.pop(index)
+        if isinstance(message, Reply):
+            self.holder_hears(message)
+        else:
+            self.worker_hears(message)
+
+    @precondition(lambda self: self.bag)
+    @rule(pick=PICK)
+    def lose(self, pick):
+        self.bag.pop(pick % len(self.bag))
+
+    @precondition(lambda self: self.running)
+    @rule(pick=PICK)
+    def process_group_ends(self, pick):
+        lease_id = sorted(self.running)[pick % len(self.running)]
+        del self.running[lease_id]
+        assert self.ledger.confirm_gone(lease_id, now=self.at_grantor())
+
+    @rule()
+    def sweep(self):
+        for lease in self.ledger.expire(self.at_grantor()):
+            assert lease.deadline <= self.at_grantor()
+            assert lease.has_process == (lease.lease_id in self.running)
+
+    # --- the rules under test, driven --------------------------------------------------------------------------------
+
+    def worker_hears(self, said):
+        now = self.at_grantor()
+        before = self.ledger.leases(now)
+        seen = {lease.lease_id: lease for lease in before if lease.state is not State.ENDING}
+        answer = self.answer_of(said, now)
+        if said in self.delivered and not isinstance(answer, Start):
+            assert self.ledger.leases(now) == before, "L4: a duplicate changed something"
+        assert not (said in self.delivered and isinstance(answer, Start)), "L4: a duplicate started a job"
+        self.delivered.append(said)
+        lease = seen.get(said.lease_id)
+        if lease is None or said.sender.fence != lease.fence or said.sender.job_epoch < lease.job_epoch:
+            assert isinstance(answer, Gone | Stale), "L2: what is stale was accepted"
+        if isinstance(answer, Kept):
+            newer = (said.sender.job_epoch, said.sender.attempt) > (lease.job_epoch, lease.attempt)
+            assert answer.extended == newer, "L2: an attempt that is not the newest extended"
+            if newer:
+                self.extended_at[said.lease_id] = self.time
+        if isinstance(answer, Start):
+            self.running[said.lease_id] = answer.lease.resources
+        if said.kind == "renew":
+            self.bag.append(Reply(said.by, said.sender.attempt, answer))
+
+    def answer_of(self, said, now):
+        match said.kind:
+            case "renew":
+                return self.ledger.renew(said.lease_id, said.sender, ttl_s=TTL_S, now=now)
+            case "dispatch":
+                return self.ledger.dispatch(said.lease_id, said.sender, "job", now=now)
+            case "cancel":
+                return self.ledger.cancel(said.lease_id, said.sender, "job", now=now)
+            case "release":
+                return self.ledger.release(said.lease_id, said.sender, reason="test", now=now)
+
+    def holder_hears(self, reply):
+        lease, now = self.held[reply.to], self.at(self.owner[reply.to])
+        ended = lease.state is HolderState.ENDED
+        if isinstance(reply.answer, Kept):
+            lease.answered(reply.attempt, reply.answer.remaining_s, now)
+        else:
+            lease.gone(reply.answer.reason)
+        assert not (ended and lease.is_live(now)), "a lease revived"
+
+    # --- what must hold ----------------------------------------------------------------------------------------------
+
+    @invariant()
+    def holders_never_rely_on_the_same_resource(self):
+        """L1: every live view has its own living lease at the grantor, and all of it fits in what exists."""
+        relied_on = {}
+        for index, lease in enumerate(self.held):
+            if self.current(index) and lease.is_live(self.at(self.owner[index])):
+                mine = self.ledger.live(lease.lease_id, fence=lease.fence, now=self.at_grantor())
+                assert mine is not None, f"{lease!r} outlived its grant"
+                assert mine.holder == self.owner[index]
+                relied_on[lease.lease_id] = lease.resources
+        total = NOTHING
+        for resources in (relied_on | self.running).values():
+            total = total.plus(resources)
+        assert total.fits_in(CAPACITY)
+
+    @invariant()
+    def capacity_is_what_is_free_and_what_is_held(self):
+        total = self.ledger.free(self.at_grantor())
+        for lease in self.ledger.leases(self.at_grantor()):
+            total = total.plus(lease.resources)
+        assert total == CAPACITY
+
+    @invariant()
+    def silence_frees(self):
+        """L3: a lease lives no longer than one ttl of the grantor's clock after its last extension."""
+        for lease in self.ledger.leases(self.at_grantor()):
+            if lease.state is not State.ENDING:
+                assert (self.time - self.extended_at[lease.lease_id]) * self.grantor_rate < TTL_S + 1e-6
+            else:
+                assert lease.lease_id in self.running
+
+    def teardown(self):
+        if not hasattr(self, "grantor_rate"):
+            return
+        self.time += TTL_S / 0.95
+        self.ledger.expire(self.at_grantor())
+        for lease_id in sorted(self.running):
+            self.ledger.confirm_gone(lease_id, now=self.at_grantor())
+        assert self.ledger.free(self.at_grantor()) == CAPACITY
+        for said in self.delivered:
+            answer = self.answer_of(said, self.at_grantor())
+            assert isinstance(answer, Gone), "a dead lease revived"
+            assert not isinstance(answer, Ended)
+
+
+TestLeaseHistory = LeaseHistory.TestCase
+TestLeaseHistory.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
