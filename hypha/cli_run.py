@@ -1,0 +1,81 @@
+"""The life of a role's process: signals, telemetry, trio, exit code.
+
+    import, load ──▶ telemetry ──▶ trio.run(role) ──▶ telemetry's last batch ──▶ exit
+         │                              │                     │
+    SIGINT/SIGTERM: exit 0     cancel the role, exit 0     exit 0
+
+The command line takes the signals over before the slow imports begin and until the process is gone
+(`cli_role.leaving_quietly`), so that at no moment one of them ends in a traceback. A role's ConfigError is left to the command line; any other HyphaError is one error line.
+"""
+
+import signal
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import trio
+
+from hypha import telemetry
+from hypha.cli_app import EXIT_FAILED
+from hypha.config import NodeConfig
+from hypha.errors import ConfigError, HyphaError
+from hypha.pki import identity_of
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Run = Callable[[Any], Coroutine[Any, Any, None]]
+
+_log = telemetry.get_logger("cli")
+
+
+def run_role(program: str, run: Run, config: NodeConfig) -> None:
+    """Run a role until it returns or a signal comes.
+
+    Raises ConfigError; any other failure of the role is logged as an error and ends in SystemExit(1).
+    """
+    warnings = identity_of(config).warnings
+    running = telemetry.start(program, config)
+    try:
+        for warning in warnings:
+            _log.warn(warning)
+        _run_until_stopped(run, config)
+    finally:
+        running.shutdown()
+
+
+def _run_until_stopped(run: Run, config: NodeConfig) -> None:
+    faults: list[HyphaError] = []
+    try:
+        trio.run(supervise, run, config)
+    except* HyphaError as group:
+        faults = list(_leaves(group))
+    for fault in faults:
+        if isinstance(fault, ConfigError):
+            raise fault
+    for fault in faults:
+        _log.error("The node failed", error=type(fault).__name__, reason=str(fault))
+    if faults:
+        raise SystemExit(EXIT_FAILED)
+
+
+async def supervise(run: Run, config: NodeConfig) -> None:
+    """Await `run(config)`; the first signal cancels it, later ones are swallowed while it cleans up."""
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        async with trio.open_nursery() as watch:
+            work = trio.CancelScope()
+
+            async def stop_on_signal() -> None:
+                async for number in signals:
+                    _log.info("Stopping", signal=signal.Signals(number).name)
+                    work.cancel()
+
+            watch.start_soon(stop_on_signal)
+            with work:
+                await run(config)
+            watch.cancel_scope.cancel()
+
+
+def _leaves(group: BaseExceptionGroup[HyphaError]) -> Iterator[HyphaError]:
+    for each in group.exceptions:
+        if isinstance(each, BaseExceptionGroup):
+            yield from _leaves(each)
+        else:
+            yield each
