@@ -4,7 +4,7 @@
     POST /resources/send       ├─▶ JobSession, one JSON object in, one out     (hypha.protocol.bridge)
     POST /status/send          ┘
     POST /resources/receive    ──▶ Server-Sent Events until the job ends
-    POST /telemetry?kind=…     ──▶ OTLP protobuf, exported by this process
+    POST /telemetry/v1/{kind}  ──▶ OTLP protobuf, exported by this process
 
 The app only translates; every rule lives in the session. Errors come back as a BridgeError with a reason.
 """
@@ -121,9 +121,11 @@ def build_app(session: JobSession) -> Starlette:
 
     async def telemetry(request: HttpRequest) -> Response:
         try:
-            await session.telemetry(request.query_params.get("kind", ""), await _body(request))
+            await session.telemetry(request.path_params["kind"], await _body(request))
         except HyphaError as error:
             return _failure(error)
+        except msgspec.ValidationError as error:
+            return _json(BridgeError(reason=str(error)), 413)
         return Response(status_code=204)
 
     return Starlette(
@@ -132,7 +134,7 @@ def build_app(session: JobSession) -> Starlette:
             Route("/resources/send", _endpoint(Send, session.send), methods=["POST"]),
             Route("/resources/receive", receive, methods=["POST", "GET"]),
             Route("/status/send", _endpoint(Report, session.report), methods=["POST"]),
-            Route("/telemetry", telemetry, methods=["POST"]),
+            Route("/telemetry/v1/{kind}", telemetry, methods=["POST"]),
         ]
     )
 

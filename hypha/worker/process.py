@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -48,18 +48,25 @@ class Executor(Protocol):
         """Return the end of what it wrote, for people."""
 
 
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be started: whose job, by which executor, where, with how many threads."""
+
+    job: JobSpec
+    lease_id: str
+    executor: ExecutorConfig
+    session: JobSession
+    directory: Path
+    threads: int
+
+
 class Launcher(Protocol):
     """How executors are started. Implementations: processes, and the simulator's tasks."""
 
-    def launch(
-        self, job: JobSpec, lease_id: str, executor: ExecutorConfig, session: JobSession, directory: Path
-    ) -> "_Running":
-        """Run an executor while the context is open; leaving it returns only when nothing of it is left."""
+    def launch(self, what: Launch) -> AbstractAsyncContextManager[Executor]:
+        """Run an executor while the context is open; leaving it returns only when nothing of it is left.
 
-
-class _Running(Protocol):
-    async def __aenter__(self) -> Executor: ...
-    async def __aexit__(self, *exc: object) -> bool | None: ...
+        Raises JobFailed when it cannot be started.
+        """
 
 
 class ProcessRecord(msgspec.Struct, frozen=True):
@@ -95,13 +102,19 @@ class ProcessExecutor:
         output = self._process.stdout
         assert output is not None
         rest = b""
-        with self._log_path.open("ab") as sink:
-            async for chunk in output:
+        async for chunk in output:
+            self._log(bytes(chunk))
+            *lines, rest = (rest + bytes(chunk)).split(b"\n")
+            self._lines.extend(line[:LINE_BYTES_MAX].decode(errors="replace") for line in lines if line.strip())
+            rest = rest[-LINE_BYTES_MAX:]
+
+    def _log(self, chunk: bytes) -> None:
+        """Append to the log file; a full disk costs the log, not the job."""
+        try:
+            with self._log_path.open("ab") as sink:
                 sink.write(chunk)
-                sink.flush()
-                *lines, rest = (rest + bytes(chunk)).split(b"\n")
-                self._lines.extend(line[:LINE_BYTES_MAX].decode(errors="replace") for line in lines if line.strip())
-                rest = rest[-LINE_BYTES_MAX:]
+        except OSError as error:
+            self._lines.append(f"[executor.log: {error.strerror}]")
 
 
 class ProcessLauncher:
@@ -112,18 +125,16 @@ class ProcessLauncher:
         self._environment = dict(environment)
 
     @asynccontextmanager
-    async def launch(
-        self, job: JobSpec, lease_id: str, executor: ExecutorConfig, session: JobSession, directory: Path
-    ) -> AsyncIterator[Executor]:
+    async def launch(self, what: Launch) -> AsyncIterator[Executor]:
         """Serve the bridge, start the process, and on leaving kill its group and wait until it is gone."""
-        job_json = directory / "job.json"
-        job_json.write_bytes(msgspec.json.encode(job))
+        job_json = what.directory / "job.json"
+        _write(job_json, msgspec.json.encode(what.job))
+        record = self._records / f"{what.lease_id}.json"
         async with trio.open_nursery() as nursery:
-            socket_path = await nursery.start(serve_bridge, session, directory)
-            command = command_of(executor, socket_path=socket_path, work_dir=directory, job_json=job_json)
-            process = await self._spawn(command, directory)
-            running = ProcessExecutor(process, directory / "executor.log")
-            record = self._records / f"{lease_id}.json"
+            socket_path = await nursery.start(serve_bridge, what.session, what.directory)
+            command = command_of(what.executor, socket_path=socket_path, work_dir=what.directory, job_json=job_json)
+            process = await self._spawn(command, what)
+            running = ProcessExecutor(process, what.directory / "executor.log")
             try:
                 self._remember(record, running.pgid)
                 nursery.start_soon(running.copy_output)
@@ -135,12 +146,13 @@ class ProcessLauncher:
                 record.unlink(missing_ok=True)
                 nursery.cancel_scope.cancel()
 
-    async def _spawn(self, command: list[str], directory: Path) -> trio.Process:
+    async def _spawn(self, command: list[str], what: Launch) -> trio.Process:
+        threads = str(what.threads)
         try:
             return await trio.lowlevel.open_process(
                 command,
-                cwd=directory,
-                env=self._environment,
+                cwd=what.directory,
+                env={**self._environment, "OMP_NUM_THREADS": threads, "HYPHA_THREADS": threads},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -154,10 +166,7 @@ class ProcessLauncher:
             started = psutil.Process(pgid).create_time()
         except psutil.NoSuchProcess:
             return
-        try:
-            record.write_bytes(msgspec.json.encode(ProcessRecord(pgid, started)))
-        except OSError as error:
-            raise StoreError(f"{record}: {error.strerror}") from error
+        _write(record, msgspec.json.encode(ProcessRecord(pgid, started)))
 
     async def end_leftovers(self) -> int:
         """Kill what a previous incarnation of this worker left running; returns how many groups."""
@@ -174,6 +183,13 @@ class ProcessLauncher:
                 ended += 1
             record.unlink(missing_ok=True)
         return ended
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from error
 
 
 def _is_same(left: ProcessRecord) -> bool:

@@ -1,0 +1,122 @@
+"""The scheduler's configuration: where it keeps its state, and the job it runs.
+
+state_dir                  journal, chain of committed rounds, records and checkpoints
+checkpoint_url             the same for artifacts elsewhere: a directory or an fsspec URL
+[scheduler.job]            name, model, preprocessor, dataset, optimizers
+[scheduler.job.rounds]     how many, how long, how few may close one      (hypha.protocol.job.Rounds)
+[scheduler.job.resources]  workers and parameter servers: how many, what they need, what they may cost
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from hypha.config import NodeConfig
+from hypha.protocol.job import InnerOptimizer, ModelSpec, OuterOptimizer, PreprocessorSpec, Rounds
+from hypha.protocol.resources import Resources
+
+Name = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Price(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is bid in public per lease-hour, and what is paid at most, which stays private."""
+
+    bid: Annotated[float, Meta(gt=0)] = 1.0
+    max: Annotated[float, Meta(gt=0)] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a maximum below the bid."""
+        if self.max is not None and self.max < self.bid:
+            raise ValueError(f"max {self.max:g} is below bid {self.bid:g}")
+
+    @property
+    def limit(self) -> float:
+        """The most that is paid: `max`, or the bid where there is none."""
+        return self.bid if self.max is None else self.max
+
+
+class JobResources(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who is wanted for the job.
+
+    The run starts with `min_workers` at least and takes up to `workers`; each must have what `worker` says. `find_s`:
+    the job fails when they cannot be had by then.
+    """
+
+    workers: Annotated[int, Meta(ge=1, le=4096)] = 1
+    min_workers: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    executor: Annotated[str, Meta(min_length=1)] = "diloco-transformer"
+    parameter_server_executor: Annotated[str, Meta(min_length=1)] = "parameter-server"
+    worker: Resources = Resources(cpu=1.0, memory=1.0)
+    parameter_server: Resources = Resources(cpu=1.0, memory=1.0)
+    worker_price: Price = Price()
+    parameter_server_price: Price = Price()
+    find_s: Annotated[float, Meta(gt=0)] = 600.0
+
+    def __post_init__(self) -> None:
+        """Refuse a minimum above what is wanted."""
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} exceeds workers {self.workers}")
+
+    @property
+    def fewest(self) -> int:
+        """How many workers the run needs to start: `min_workers`, or all of them where it is not given."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+
+class DatasetConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A dataset by name; `digest` pins its manifest, otherwise the first one provided under the name is pinned."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    digest: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = None
+
+
+class CheckpointConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Model and momentum are stored every `every` rounds and at the end; the last `keep` stay, and each `keep_every`th."""
+
+    every: Annotated[int, Meta(ge=1)] = 10
+    keep: Annotated[int, Meta(ge=1)] = 3
+    keep_every: Annotated[int, Meta(ge=0)] = 0
+
+
+class JobConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One training job."""
+
+    model: ModelSpec
+    dataset: DatasetConfig | str
+    rounds: Rounds
+    name: Name = "job"
+    preprocessor: PreprocessorSpec | None = None
+    inner_optimizer: InnerOptimizer = InnerOptimizer()
+    outer_optimizer: OuterOptimizer = OuterOptimizer()
+    resources: JobResources = JobResources()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self) -> None:
+        """Refuse a quorum that the wanted workers could never reach."""
+        if self.rounds.quorum > self.resources.workers:
+            raise ValueError(f"rounds.quorum {self.rounds.quorum} exceeds resources.workers {self.resources.workers}")
+
+    @property
+    def dataset_config(self) -> DatasetConfig:
+        """The dataset, also where only its name was given."""
+        return DatasetConfig(name=self.dataset) if isinstance(self.dataset, str) else self.dataset
+
+
+class SchedulerTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The [scheduler] table."""
+
+    job: JobConfig
+    # How long offers are welcome after an advertisement, and the rest between two that found too few.
+    welcome_s: Annotated[float, Meta(gt=0, le=60)] = 2.0
+    retry_s: Annotated[float, Meta(gt=0)] = 2.0
+    # One message without an answer for so long is sent again.
+    patience_s: Annotated[float, Meta(gt=0)] = 15.0
+
+
+class Config(NodeConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything a scheduler reads from its file."""
+
+    scheduler: SchedulerTable
+    state_dir: Path = Path("state")
+    checkpoint_url: str | None = None

@@ -1,0 +1,252 @@
+"""The jobs of this worker: one per lease, each in its own directory, ended with its lease and leaving nothing behind.
+
+dispatch ─▶ directory ─▶ launch ─▶ session and executor run side by side
+                                      │ exit 0 after Stop        ─▶ finished
+                                      │ other exit, stall, error ─▶ failed, with its last lines
+                                      │ lease died, cancelled    ─▶ killed
+         process group confirmed gone ◀─┘ ─▶ directory removed ─▶ resources return to the ledger ─▶ JobStatus
+"""
+
+import shutil
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+from msgspec import Struct
+
+from hypha.errors import HyphaError, JobFailed, Refused
+from hypha.network.retry import Backoff, insist
+from hypha.network.seam import Network
+from hypha.protocol.job import JobSpec
+from hypha.protocol.lease import Lease as HeldByUs
+from hypha.protocol.lease import Ledger
+from hypha.protocol.messages import JobStatus
+from hypha.runtime import Runtime
+from hypha.telemetry import get_logger, metrics
+from hypha.worker.aggregator import AggregateSession
+from hypha.worker.cache import SliceCache
+from hypha.worker.config import Config, ExecutorConfig
+from hypha.worker.process import Executor, Launch, Launcher
+from hypha.worker.session import JobContext, Session
+from hypha.worker.trainer import TrainSession
+
+log = get_logger("worker.jobs")
+S = TypeVar("S", bound=Session)
+
+# A job that was told to stop gets so long to finish its batch and exit before its process group is killed.
+STOP_GRACE_S = 10.0
+JOB_DIRECTORY_PREFIX = "hypha-"
+
+
+class Outcome(Struct, frozen=True):
+    """How a job ended: `reason` in words, and the end of what its executor wrote."""
+
+    finished: bool
+    reason: str
+    last_lines: tuple[str, ...] = ()
+
+
+class RunningJob:
+    """One lease's job: its session, and the scope that ends it."""
+
+    def __init__(self, lease: HeldByUs, job: JobSpec, session: Session) -> None:
+        self.lease = lease
+        self.job = job
+        self.session = session
+        self.scope = trio.CancelScope()
+        self.killed: str | None = None
+
+    def kill(self, reason: str) -> None:
+        """End it now."""
+        self.killed = self.killed or reason
+        self.scope.cancel()
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Let it exit by itself, and kill it if it does not within STOP_GRACE_S."""
+        self.session.stop(reason)
+        self.killed = self.killed or reason
+        self.scope.deadline = min(self.scope.deadline, trio.current_time() + STOP_GRACE_S)
+
+
+class Jobs:
+    """Starts, finds and ends jobs. `run` must be running while jobs are started."""
+
+    def __init__(
+        self,
+        network: Network,
+        runtime: Runtime,
+        ledger: Ledger,
+        launcher: Launcher,
+        config: Config,
+        cache: SliceCache,
+    ) -> None:
+        self._network = network
+        self._runtime = runtime
+        self._ledger = ledger
+        self._launcher = launcher
+        self._config = config
+        self._cache = cache
+        self._running: dict[str, RunningJob] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the tasks of all jobs until cancelled; then every job is ended first."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    def start(self, lease: HeldByUs, job: JobSpec, executor: ExecutorConfig) -> None:
+        """Run a job under a lease that the ledger has just bound to it."""
+        assert self._nursery is not None, "run() comes first"
+        directory = self._config.work_dir / f"{JOB_DIRECTORY_PREFIX}{job.job_id}-{lease.fence}"
+        context = JobContext(
+            network=self._network,
+            runtime=self._runtime,
+            job=job,
+            scheduler=lease.holder,
+            lease_id=lease.lease_id,
+            fence=lease.fence,
+            directory=directory,
+            transfers=self._config.transfers,
+            cache=self._cache,
+            stall_s=executor.stall_s,
+        )
+        session = TrainSession(context) if job.work == "train" else AggregateSession(context)
+        running = RunningJob(lease, job, session)
+        self._running[lease.lease_id] = running
+        self._nursery.start_soon(self._run, running, executor, directory)
+
+    def kill(self, lease_id: str, reason: str) -> bool:
+        """End a lease's job now; False when there is none."""
+        running = self._running.get(lease_id)
+        if running is not None:
+            running.kill(reason)
+        return running is not None
+
+    def ask_to_stop(self, lease_id: str, reason: str) -> None:
+        """End a lease's job politely."""
+        if (running := self._running.get(lease_id)) is not None:
+            running.ask_to_stop(reason)
+
+    def session(self, lease_id: str, kind: type[S]) -> S:
+        """Return the session of a lease's job. Raises Refused when this worker runs no such job."""
+        running = self._running.get(lease_id)
+        if running is None or not isinstance(running.session, kind):
+            raise Refused(f"no {kind.__name__} runs here under lease {lease_id}")
+        return running.session
+
+    def sessions(self, job_id: str, scheduler: str | None = None) -> list[Session]:
+        """Return the sessions of one job, those of one scheduler where it is given; in the order of their leases."""
+        return [
+            running.session
+            for running in self._running.values()
+            if running.job.job_id == job_id and scheduler in (None, running.lease.holder)
+        ]
+
+    # --- one job --------------------------------------------------------------------------------------------------
+
+    async def _run(self, running: RunningJob, executor: ExecutorConfig, directory: Path) -> None:
+        lease, job = running.lease, running.job
+        log.info("Job started", job_id=job.job_id, lease_id=lease.lease_id, work=job.work, executor=executor.name)
+        metrics.ACTIVE_JOBS.add(1, work=job.work)
+        started = self._runtime.now()
+        try:
+            with running.scope:
+                outcome = await self._supervise(running, executor, directory)
+            if running.scope.cancelled_caught:
+                outcome = Outcome(finished=False, reason=running.killed or "cancelled")
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._runtime.run_blocking(shutil.rmtree, directory, True)  # noqa: FBT003 - ignore_errors
+            self._running.pop(lease.lease_id, None)
+            self._ledger.confirm_gone(lease.lease_id, now=self._runtime.now())
+            metrics.ACTIVE_JOBS.add(-1, work=job.work)
+        status = "success" if outcome.finished else "failure"
+        metrics.JOB_DURATION.record(self._runtime.now() - started, work=job.work, status=status)
+        await self._tell(running, outcome)
+
+    async def _supervise(self, running: RunningJob, executor: ExecutorConfig, directory: Path) -> Outcome:
+        session = running.session
+        threads = executor.threads or max(1, int(running.lease.resources.cpu))
+        what = Launch(
+            job=running.job,
+            lease_id=running.lease.lease_id,
+            executor=executor,
+            session=session,
+            directory=directory,
+            threads=threads,
+        )
+        process: Executor | None = None
+        code: int | None = None
+        problem: str | None = None
+        try:
+            await self._runtime.run_blocking(_make_directory, directory)
+            async with self._launcher.launch(what) as process, trio.open_nursery() as nursery:
+                nursery.start_soon(session.run)
+                code = await process.wait()
+                nursery.cancel_scope.cancel()
+        except* HyphaError as errors:
+            problem = "; ".join(_words(errors))
+        lines = process.last_lines() if process is not None else ()
+        if problem is None and code == 0 and session.stopped:
+            return Outcome(finished=True, reason="finished")
+        return Outcome(finished=False, reason=problem or session.failure or _exit_words(code), last_lines=lines)
+
+    async def _tell(self, running: RunningJob, outcome: Outcome) -> None:
+        """Report to the scheduler for as long as the lease lives: a dead lease needs no report."""
+        lease = running.lease
+        fields = {"job_id": running.job.job_id, "lease_id": lease.lease_id, "reason": outcome.reason}
+        if outcome.finished or running.killed is not None:
+            log.info("Job ended", **fields)
+        else:
+            log.error("Job failed", **fields, last_lines="\n".join(outcome.last_lines))
+
+        def lives() -> bool:
+            return self._ledger.live(lease.lease_id, fence=lease.fence, now=self._runtime.now()) is not None
+
+        status = JobStatus(
+            job_id=running.job.job_id,
+            job_epoch=lease.job_epoch,
+            lease_id=lease.lease_id,
+            fence=lease.fence,
+            finished=outcome.finished,
+            reason=outcome.reason[:8000],
+            last_lines=tuple(line[:2048] for line in outcome.last_lines),
+        )
+        transfers = self._config.transfers
+        backoff = Backoff(self._runtime, base_s=transfers.backoff_s, max_s=transfers.backoff_max_s)
+        try:
+            await insist(
+                self._network, lease.holder, status, backoff=backoff, patience_s=transfers.stall_s, still_wanted=lives
+            )
+        except Refused as refusal:
+            log.debug("Job status refused", lease_id=lease.lease_id, reason=str(refusal))
+
+
+def _words(errors: BaseExceptionGroup[HyphaError]) -> list[str]:
+    words = []
+    for error in errors.exceptions:
+        words += _words(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
+    return words
+
+
+def _exit_words(code: int | None) -> str:
+    if code is None:
+        return "the executor did not start"
+    return f"the executor was ended by signal {-code}" if code < 0 else f"the executor exited with code {code}"
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise JobFailed(f"{directory}: {error.strerror}") from error
+
+
+def remove_leftovers(work_dir: Path) -> int:
+    """Remove the job directories of an earlier run of this worker; returns how many."""
+    left = sorted(work_dir.glob(f"{JOB_DIRECTORY_PREFIX}*"))
+    for directory in left:
+        shutil.rmtree(directory, ignore_errors=True)
+    return len(left)

@@ -1,0 +1,266 @@
+"""What a job's session has whatever the job is: its lease, its newest view, its events, its patience.
+
+    network ── RoundView, Committed, streams ──▶ Session ── events ──▶ executor
+    executor ── fetch, send, report ──▶ Session ── requests, streams ──▶ network
+
+`TrainSession` and `AggregateSession` add the two kinds of work. A session never outlives its lease: whoever runs it
+cancels it. It keeps a clock of what the executor owes, so that a silent one is found (`stall_s`).
+"""
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+from msgspec import Struct
+
+from hypha.errors import JobFailed, RemoteProtocolError
+from hypha.network.fetch import Providers, fetch_slice
+from hypha.network.retry import Backoff, insist
+from hypha.network.seam import Network
+from hypha.protocol.bridge import (
+    Event,
+    ExecutorFailed,
+    FetchHeldOut,
+    FetchSource,
+    HeldOutFetched,
+    RoundCommitted,
+    SourceFetched,
+    Stop,
+    ViewChanged,
+)
+from hypha.protocol.job import JobSpec
+from hypha.protocol.messages import Committed, Message, Request, RoundView, SliceRef
+from hypha.protocol.views import ViewGuard
+from hypha.runtime import Runtime
+from hypha.telemetry import forward, get_logger, metrics
+from hypha.worker.cache import SliceCache
+from hypha.worker.config import TransferConfig
+from hypha.worker.sources import fetch_source
+
+log = get_logger("worker.session")
+R = TypeVar("R", bound=Message)
+
+# A round makes a handful of events; an executor this far behind does not read at all.
+EVENTS_BUFFERED_MAX = 1024
+
+
+class JobContext(Struct, frozen=True, kw_only=True):
+    """What a session works with; (lease_id, fence, job_epoch) go into everything it sends."""
+
+    network: Network
+    runtime: Runtime
+    job: JobSpec
+    scheduler: str
+    lease_id: str
+    fence: int
+    directory: Path
+    transfers: TransferConfig
+    cache: SliceCache
+    stall_s: float
+
+
+class Owed:
+    """Since when the executor owes us a word: a clock that runs only while it is the executor's turn."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._since: float | None = runtime.now()
+
+    def ours(self) -> None:
+        """It waits for us now."""
+        self._since = None
+
+    def theirs(self) -> None:
+        """It is the executor's turn, from now."""
+        self._since = self._runtime.now()
+
+    def silent_s(self) -> float:
+        """Seconds that it has owed us something; 0 while it waits for us."""
+        return 0.0 if self._since is None else self._runtime.now() - self._since
+
+
+class Session:
+    """One job on this worker. Subclasses answer `fetch`, `send` and `report`."""
+
+    def __init__(self, context: JobContext) -> None:
+        self.context = context
+        self.guard = ViewGuard()
+        self.owed = Owed(context.runtime)
+        self.failure: str | None = None
+        self.stopped = False
+        self._events_in, self._events_out = trio.open_memory_channel[Event](EVENTS_BUFFERED_MAX)
+        self._changed = trio.Event()
+        self._providers = Providers(context.network, context.runtime, context.job.dataset.name)
+
+    # --- from the network -----------------------------------------------------------------------------------------
+
+    @property
+    def view(self) -> RoundView | None:
+        """The newest view seen."""
+        return self.guard.view
+
+    def observe(self, view: RoundView) -> None:
+        """Take a view in; older ones than the newest are forgotten."""
+        if not self.guard.observe(view):
+            return
+        self.wake()
+        me = self.context.lease_id
+        self.emit(
+            ViewChanged(
+                view=view.view,
+                round=view.round,
+                base_digest=view.base_digest,
+                member=any(member.lease_id == me for member in view.members),
+                committed_round=view.committed_round,
+                final=view.final,
+                traceparent=view.traceparent,
+            )
+        )
+        self.view_taken(view)
+
+    def view_taken(self, view: RoundView) -> None:
+        """Do what a new view asks of this kind of work."""
+
+    def committed(self, message: Committed) -> None:
+        """Pass on that a round is durable."""
+        self.emit(RoundCommitted(round=message.round, digest=message.digest, traceparent=message.traceparent))
+
+    def wake(self) -> None:
+        """Let everybody who waits look again."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def changed(self) -> None:
+        """Wait for the next change: a view, a file, an answer of the executor's."""
+        await self._changed.wait()
+
+    async def until(self, ready: Callable[[], bool]) -> None:
+        """Wait until `ready()`; it is asked again after each change."""
+        while not ready():
+            await self.changed()
+
+    # --- to the executor ------------------------------------------------------------------------------------------
+
+    def emit(self, event: Event) -> None:
+        """Queue an event; an executor that does not read them has failed."""
+        try:
+            self._events_in.send_nowait(event)
+        except trio.WouldBlock:
+            self.fail(f"the executor does not read its events: {EVENTS_BUFFERED_MAX} are waiting")
+
+    def stop(self, reason: str) -> None:
+        """Tell the executor that the job is over."""
+        if not self.stopped:
+            self.stopped = True
+            self.emit(Stop(reason=reason))
+            self.wake()
+
+    def fail(self, reason: str) -> None:
+        """Note why the job fails; whoever runs the session ends it."""
+        if self.failure is None:
+            self.failure = reason
+            self.wake()
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield what was queued, and go on until the job ends."""
+        async for event in self._events_out:
+            yield event
+            if isinstance(event, Stop):
+                return
+
+    async def telemetry(self, kind: str, body: bytes) -> None:
+        """Export an OTLP batch. Raises RemoteProtocolError for a kind that does not exist."""
+        forward(kind, body)  # type: ignore[arg-type]  # checked there
+
+    def file(self, relative: str) -> Path:
+        """Return the path of a file the executor named. Raises RemoteProtocolError when it lies outside."""
+        return confined(self.context.directory, relative)
+
+    # --- what both kinds of work fetch ----------------------------------------------------------------------------
+
+    async def fetch_source(self, request: FetchSource) -> SourceFetched:
+        """Bring the model's or the preprocessor's repository to this machine."""
+        job = self.context.job
+        spec = job.model if request.what == "model" else job.preprocessor
+        if spec is None:
+            raise RemoteProtocolError("this job has no preprocessor")
+        return SourceFetched(directory=await self.context.runtime.run_blocking(fetch_source, spec))
+
+    async def fetch_held_out(self, _request: FetchHeldOut) -> HeldOutFetched:
+        """Bring every held-out slice into the work directory."""
+        refs = self.context.job.dataset.held_out
+        paths = [
+            await self.slice_path(
+                SliceRef(
+                    name=ref.name,
+                    samples=ref.samples,
+                    bytes=ref.bytes,
+                    digest=ref.digest,
+                    digest_algorithm=ref.digest_algorithm,
+                )
+            )
+            for ref in refs
+        ]
+        return HeldOutFetched(paths=tuple(paths))
+
+    async def slice_path(self, ref: SliceRef) -> str:
+        """Return a verified slice's path in the work directory, from the cache or from whoever provides it."""
+        context = self.context
+
+        async def bring(path: Path) -> None:
+            started = context.runtime.now()
+            await fetch_slice(
+                context.network,
+                context.runtime,
+                self._providers,
+                ref,
+                path,
+                manifest_digest=context.job.dataset.manifest_digest,
+            )
+            metrics.DATA_FETCH_DURATION.record(context.runtime.now() - started)
+
+        return await context.cache.link(ref, context.directory, bring)
+
+    # --- patience -------------------------------------------------------------------------------------------------
+
+    def backoff(self) -> Backoff:
+        """Return fresh waits as this worker's configuration has them."""
+        transfers = self.context.transfers
+        return Backoff(self.context.runtime, base_s=transfers.backoff_s, max_s=transfers.backoff_max_s)
+
+    async def insist(self, peer_id: str, message: Request[R], still_wanted: Callable[[], bool]) -> R | None:
+        """Repeat a request until answered or not wanted; see `hypha.network.retry.insist`."""
+        return await insist(
+            self.context.network,
+            peer_id,
+            message,
+            backoff=self.backoff(),
+            patience_s=self.context.transfers.stall_s,
+            still_wanted=still_wanted,
+        )
+
+    async def watch(self) -> None:
+        """Raise JobFailed when the executor gave up or owes us a word for longer than `stall_s`."""
+        stall_s = self.context.stall_s
+        while True:
+            if self.failure is not None:
+                raise JobFailed(self.failure)
+            silent_s = self.owed.silent_s()
+            if silent_s >= stall_s:
+                raise JobFailed(f"the executor was silent for {silent_s:.0f} s (stall_s = {stall_s:g})")
+            with trio.move_on_after(max(0.05, (stall_s - silent_s) / 4)):
+                await self.changed()
+
+    def gave_up(self, report: ExecutorFailed) -> None:
+        """Note an executor's own word that it fails."""
+        self.fail(report.reason)
+
+
+def confined(directory: Path, relative: str) -> Path:
+    """Return `directory / relative` when that is a regular file inside it, links resolved; otherwise refuse."""
+    root = directory.resolve()
+    path = (root / relative).resolve()
+    if Path(relative).is_absolute() or not path.is_relative_to(root) or not path.is_file():
+        raise RemoteProtocolError(f"path {relative!r} is not a file inside the work directory")
+    return path

@@ -1,0 +1,370 @@
+"""A training job as its worker sees it: bases and slices come in, updates and progress go out.
+
+    scheduler ◀─ SliceRequest, Progress, Ready ─┐                      ┌─ FetchBase, FetchSamples ─ executor
+                                                TrainSession ◀─────────┤
+    parameter servers ◀─ PushUpdate, FetchModel ┘      ▲               └─ SendUpdate, TrainProgress
+                              └── OuterUpdate ─────────┘ ── UpdateArrived ──▶ executor
+
+The executor's reports are answered from what is known here; they travel to the scheduler in the background.
+"""
+
+from pathlib import Path
+
+import trio
+
+from hypha.errors import LocalProtocolError, PeerUnreachable, Refused, RemoteProtocolError
+from hypha.network.artifacts import fetch_artifact
+from hypha.network.seam import Stream
+from hypha.network.transfer import receive_file, send_file
+from hypha.protocol import bridge
+from hypha.protocol.messages import (
+    Accepted,
+    Contribution,
+    Done,
+    FetchModel,
+    Member,
+    Message,
+    NoMore,
+    OuterUpdate,
+    Progress,
+    PushUpdate,
+    Ready,
+    Rebase,
+    RoundView,
+    SliceGrant,
+    SliceRequest,
+    SyncAfter,
+    UpdateRefused,
+)
+from hypha.telemetry import extracted, get_logger, inject, metrics, span
+from hypha.worker.session import JobContext, Session
+
+log = get_logger("worker.trainer")
+
+# Progress is forwarded when it changes, at most so often: the forecast needs no more, and WAN links are not free.
+PROGRESS_INTERVAL_S = 0.25
+
+
+class TrainSession(Session):
+    """The worker's half of one training executor."""
+
+    def __init__(self, context: JobContext) -> None:
+        super().__init__(context)
+        self._instruction: bridge.Instruction = bridge.GoOn()
+        self._progress: Progress | None = None
+        self._progress_new = trio.Event()
+        self._ready: Ready | None = None
+        self._received: tuple[int, int, str] | None = None  # (round, close, digest) of the newest outer update
+
+    async def run(self) -> None:
+        """Send what the executor reports, until cancelled. Raises JobFailed when the executor has failed."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.watch)
+            nursery.start_soon(self._forward_progress)
+            nursery.start_soon(self._forward_ready)
+
+    # --- fetch ----------------------------------------------------------------------------------------------------
+
+    async def fetch(self, request: bridge.Fetch) -> bridge.Fetched:
+        """Answer the executor's wish for a file; it owes us nothing while it waits."""
+        self.owed.ours()
+        try:
+            with extracted(request.traceparent or self._round_trace()), span(type(request).__name__):
+                return await self._fetch(request)
+        finally:
+            self.owed.theirs()
+
+    async def _fetch(self, request: bridge.Fetch) -> bridge.Fetched:
+        match request:
+            case bridge.FetchBase():
+                return await self._fetch_base()
+            case bridge.FetchSamples():
+                return await self._fetch_samples(request)
+            case bridge.FetchSource():
+                return await self.fetch_source(request)
+            case bridge.FetchHeldOut():
+                return await self.fetch_held_out(request)
+            case bridge.FetchResume():
+                raise RemoteProtocolError("a training executor has no resume point: it fetches the base")
+
+    def _round_trace(self) -> str | None:
+        return self.view.traceparent if self.view is not None else None
+
+    async def _fetch_base(self) -> bridge.BaseFetched:
+        """Fetch the newest view's base from one of its servers, starting over when the view moves on."""
+        backoff = self.backoff()
+        while True:
+            await self.until(lambda: self.view is not None)
+            view = self.view
+            assert view is not None
+            path = self.context.directory / f"model-{view.round - 1}-{view.base_digest[:16]}.safetensors"
+            file = await self._try_fetch(view, path)
+            if file is not None and self._same_base(view):
+                return bridge.BaseFetched(round=view.round, file=file, traceparent=view.traceparent)
+            if file is None:
+                await backoff.wait()
+
+    def _same_base(self, view: RoundView) -> bool:
+        newest = self.view
+        return newest is not None and (newest.round, newest.base_digest) == (view.round, view.base_digest)
+
+    async def _try_fetch(self, view: RoundView, path: Path) -> bridge.FileRef | None:
+        wanted = FetchModel(
+            job_id=view.job_id, job_epoch=view.job_epoch, part="model", round=view.round - 1, digest=view.base_digest
+        )
+        context = self.context
+        for server in view.servers:
+            try:
+                size = await fetch_artifact(
+                    context.network,
+                    server.peer_id,
+                    wanted,
+                    path,
+                    runtime=context.runtime,
+                    patience_s=context.transfers.stall_s,
+                )
+            except (PeerUnreachable, RemoteProtocolError) as error:
+                log.info("Base not fetched yet", server=server.peer_id, round=view.round, reason=str(error))
+                continue
+            return bridge.FileRef(path=path.name, bytes=size, digest=view.base_digest)
+        return None
+
+    async def _fetch_samples(self, request: bridge.FetchSamples) -> bridge.SamplesFetched | bridge.NoSamples:
+        round_wanted = request.round
+        await self.until(lambda: self.view is not None and (self.view.round >= round_wanted or self.stopped))
+        grant = await self._ask_for_samples(request)
+        if grant is None or isinstance(grant, NoMore):
+            return bridge.NoSamples(round=round_wanted)
+        path = await self.slice_path(grant.slice)
+        return bridge.SamplesFetched(interval=grant.interval, path=path)
+
+    async def _ask_for_samples(self, request: bridge.FetchSamples) -> SliceGrant | NoMore | None:
+        view = self.view
+        assert view is not None
+        message = SliceRequest(
+            job_id=view.job_id,
+            job_epoch=view.job_epoch,
+            round=request.round,
+            lease_id=self.context.lease_id,
+            fence=self.context.fence,
+            request=request.request,
+            wanted=request.wanted,
+        )
+        try:
+            return await self.insist(self.context.scheduler, message, lambda: self._open(request.round))
+        except Refused as refusal:
+            # The round moved on while we asked, or another view has us no more: nothing to train on in this round.
+            log.info("No samples", round=request.round, reason=str(refusal))
+            return None
+
+    def _open(self, round_asked: int) -> bool:
+        return not self.stopped and self.view is not None and self.view.round == round_asked
+
+    # --- send -----------------------------------------------------------------------------------------------------
+
+    async def send(self, request: bridge.Send) -> bridge.Sent:
+        """Push an update to every parameter server; retried until they answer or the round has moved on."""
+        self.owed.ours()
+        started = self.context.runtime.now()
+        with extracted(request.traceparent or self._round_trace()), span("push_update", round=request.round) as pushing:
+            answer = await self._push(request)
+            pushing.set(answer=type(answer).__name__)
+        metrics.GRADIENT_TRANSMISSION_TIME.record(self.context.runtime.now() - started)
+        if not isinstance(answer, bridge.SendAccepted):
+            self.owed.theirs()
+        return answer
+
+    async def _push(self, request: bridge.SendUpdate) -> bridge.Sent:
+        backoff = self.backoff()
+        while not self.stopped:
+            view = self.view
+            assert view is not None, "an executor that sends has had a base"
+            if (view.round, view.base_digest) != (request.round, request.base_digest):
+                return bridge.SendRebase(round=view.round, base_digest=view.base_digest)
+            try:
+                answer = await self._push_to_all(view, request)
+            except (PeerUnreachable, RemoteProtocolError) as error:
+                log.info("Update not delivered yet", round=request.round, reason=str(error))
+                answer = None
+            if answer is not None:
+                return answer
+            with trio.move_on_after(backoff.next_s()):
+                await self.changed()
+        return bridge.SendRefused(reason="the job is over")
+
+    async def _push_to_all(self, view: RoundView, request: bridge.SendUpdate) -> bridge.Sent | None:
+        """Return the first answer that is not Accepted, else Accepted; None when there is no server to ask."""
+        for server in view.servers:
+            match await self._push_to(view, server, request):
+                case Accepted():
+                    continue
+                case Rebase() as rebase:
+                    return bridge.SendRebase(round=rebase.round, base_digest=rebase.base_digest)
+                case UpdateRefused() as refused:
+                    return bridge.SendRefused(reason=refused.reason)
+                case other:
+                    raise RemoteProtocolError(f"{server.peer_id} answered PushUpdate with {type(other).__name__}")
+        return bridge.SendAccepted() if view.servers else None
+
+    async def _push_to(self, view: RoundView, server: Member, request: bridge.SendUpdate) -> Message:
+        context = self.context
+        header = PushUpdate(
+            job_id=view.job_id,
+            job_epoch=view.job_epoch,
+            view=view.view,
+            round=request.round,
+            lease_id=context.lease_id,
+            fence=context.fence,
+            contribution=self._describe(request),
+            traceparent=inject(),
+        )
+        with trio.move_on_after(context.transfers.stall_s) as patience:
+            stream = await context.network.open_stream(server.peer_id, header)
+            try:
+                patience.deadline = float("inf")  # the transport finds a transfer that stands still
+                path = self.file(request.file.path)
+                await send_file(stream, path, offset=0, length=request.file.bytes, runtime=context.runtime)
+                await stream.send_eof()
+                return await stream.receive_message(Message)
+            finally:
+                await stream.aclose()
+        raise PeerUnreachable(f"{server.peer_id} did not take an update within {context.transfers.stall_s:g} s")
+
+    def _describe(self, request: bridge.SendUpdate) -> Contribution:
+        return Contribution(
+            peer_id=self.context.network.peer_id,
+            fence=self.context.fence,
+            lease_id=self.context.lease_id,
+            round=request.round,
+            base_digest=request.base_digest,
+            digest=request.file.digest,
+            bytes=request.file.bytes,
+            samples=request.samples,
+            intervals=request.intervals,
+            loss=request.loss,
+        )
+
+    # --- reports --------------------------------------------------------------------------------------------------
+
+    async def report(self, report: bridge.Report) -> bridge.Instruction:
+        """Take note and answer with the newest instruction."""
+        self.owed.theirs()
+        match report:
+            case bridge.TrainProgress():
+                self._note_progress(report)
+            case bridge.BaseReady():
+                self._note_ready(report)
+            case bridge.ExecutorFailed():
+                self.gave_up(report)
+            case _:
+                raise RemoteProtocolError(f"a training executor does not report {type(report).__name__}")
+        return bridge.Finish() if self.stopped else self._instruction
+
+    def _note_progress(self, report: bridge.TrainProgress) -> None:
+        view = self.view
+        if view is None:
+            raise LocalProtocolError("progress before there was a view")
+        self._progress = Progress(
+            job_id=view.job_id,
+            job_epoch=view.job_epoch,
+            round=report.round,
+            lease_id=self.context.lease_id,
+            fence=self.context.fence,
+            batches=report.batches,
+            samples=report.samples,
+            batch_size=report.batch_size,
+            batch_s=report.batch_s,
+            loss=report.loss,
+        )
+        self._progress_new.set()
+
+    def _note_ready(self, report: bridge.BaseReady) -> None:
+        view = self.view
+        if view is None:
+            raise LocalProtocolError("ready before there was a view")
+        self._ready = Ready(
+            job_id=view.job_id,
+            job_epoch=view.job_epoch,
+            round=report.round - 1,
+            lease_id=self.context.lease_id,
+            fence=self.context.fence,
+            digest=report.digest,
+        )
+        self.wake()
+
+    async def _forward_progress(self) -> None:
+        while True:
+            await self._progress_new.wait()
+            self._progress_new = trio.Event()
+            sent = self._progress
+            assert sent is not None
+            try:
+                answer = await self.insist(self.context.scheduler, sent, lambda sent=sent: sent is self._progress)
+            except Refused as refusal:
+                log.debug("Progress refused", round=sent.round, reason=str(refusal))
+                continue
+            if isinstance(answer, SyncAfter):
+                self._instruction = bridge.SyncAt(round=answer.round, batches=answer.batches)
+            elif isinstance(answer, Done):
+                self.stop("the scheduler says that the job is done")
+            await self.context.runtime.sleep(PROGRESS_INTERVAL_S)
+
+    async def _forward_ready(self) -> None:
+        sent: Ready | None = None
+        while True:
+            await self.until(lambda sent=sent: self._ready is not sent)
+            sent = self._ready
+            assert sent is not None
+            try:
+                await self.insist(self.context.scheduler, sent, lambda sent=sent: sent is self._ready)
+            except Refused as refusal:
+                log.info("Ready refused", round=sent.round, reason=str(refusal))
+
+    # --- outer updates --------------------------------------------------------------------------------------------
+
+    async def receive_update(self, stream: Stream, header: OuterUpdate) -> None:
+        """Take an outer update from a parameter server of the newest view and hand it to the executor."""
+        self._judge(stream.peer.peer_id, header)
+        key = (header.round, header.close, header.digest)
+        if self._received != key:
+            path = self.context.directory / f"update-{header.round}-{header.close}.safetensors"
+            await receive_file(
+                stream,
+                path,
+                size=header.bytes,
+                digest=header.digest,
+                algorithm="sha256",
+                offset=0,
+                runtime=self.context.runtime,
+            )
+            if self._received != key:
+                self._received = key
+                self._hand_over(header, path)
+        await stream.send_message(Accepted(digest=header.digest))
+
+    def _judge(self, peer_id: str, header: OuterUpdate) -> None:
+        view = self.view
+        if view is None or header.view > view.view:
+            raise Refused("the view of this update has not arrived here yet", "retry")
+        if header.job_epoch != view.job_epoch:
+            raise Refused(f"job epoch {header.job_epoch} is not the newest seen, {view.job_epoch}")
+        if peer_id not in {server.peer_id for server in view.servers}:
+            raise Refused(f"{peer_id} is no parameter server of view {view.view}")
+        leads_to_base = header.round == view.round - 1 and header.model_digest == view.base_digest
+        starts_at_base = header.round == view.round and header.base_digest == view.base_digest
+        if not (leads_to_base or starts_at_base):
+            raise Refused(f"outer step {header.round} does not belong to view {view.view} of round {view.round}")
+
+    def _hand_over(self, header: OuterUpdate, path: Path) -> None:
+        file = bridge.FileRef(path=path.name, bytes=header.bytes, digest=header.digest)
+        self.owed.theirs()
+        self.emit(
+            bridge.UpdateArrived(
+                round=header.round,
+                close=header.close,
+                base_digest=header.base_digest,
+                model_digest=header.model_digest,
+                file=file,
+                traceparent=inject() or header.traceparent,
+            )
+        )
