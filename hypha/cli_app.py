@@ -5,6 +5,7 @@
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -39,10 +40,10 @@ def new_app(summary: str) -> typer.Typer:
     )
 
 
-def main(app: typer.Typer, program: str) -> None:
-    """Run the command line and leave the process with its exit code."""
+def main(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, the process's own unless given, and leave the process with its exit code."""
     try:
-        app(prog_name=program)
+        app(arguments, prog_name=program)
     except HyphaError as error:
         line = " ".join(str(error).split())
         typer.echo(f"{program}: {line}", err=True)

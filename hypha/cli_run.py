@@ -5,7 +5,8 @@
     SIGINT/SIGTERM: exit 0     cancel the role, exit 0     exit 0
 
 The command line takes the signals over before the slow imports begin and until the process is gone
-(`cli_role.leaving_quietly`), so that at no moment one of them ends in a traceback. A role's ConfigError is left to the command line; any other HyphaError is one error line.
+(`cli_role.leaving_quietly`), so that at no moment one of them ends in a traceback. A role's ConfigError is left to the
+command line; any other HyphaError is one error line.
 """
 
 import signal
