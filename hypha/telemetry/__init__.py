@@ -11,10 +11,10 @@ or stops the node that uses it, and imports neither trio nor torch.
 """
 
 from hypha.telemetry import metrics
-from hypha.telemetry.lifecycle import Telemetry, executor_start, flush, forward, start
+from hypha.telemetry.lifecycle import Telemetry, check, executor_start, flush, forward, start
 from hypha.telemetry.logs import ChangeLogger, Logger, OncePerKey, RateLimited, get_logger
 from hypha.telemetry.metrics import snapshot
-from hypha.telemetry.settings import Kind, TelemetryConfig, check
+from hypha.telemetry.settings import Kind, TelemetryConfig
 from hypha.telemetry.tracing import (
     Span,
     current_trace_id,

@@ -2,7 +2,7 @@
 
     start("hypha-worker", config) ──▶ Telemetry: logs on stderr, spans, metrics, and OTLP if there is an endpoint
     executor_start("hypha-executor", post)       the same, but OTLP requests go to the worker's bridge,
-        └─ post("/telemetry/v1/traces", body) ─▶ worker: telemetry.forward("traces", body) ─▶ collector
+        └─ post("/telemetry?kind=traces", body) ─▶ worker: telemetry.forward("traces", body) ─▶ collector
 
 OpenTelemetry is imported here, not before. Its global providers are left alone: ours are held by `Telemetry`, so that
 a process can start and stop telemetry more than once, as tests do.
@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
 import hypha
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 # How long a node that is asked to stop waits for its last telemetry.
 SHUTDOWN_TIMEOUT_S = 2.0
+# Sends end this much sooner, so that what they could not deliver is still counted and threads end by themselves.
+SENDING_SHARE = 0.75
 # Fresh enough for a dashboard, rare enough to cost nothing; OTEL_METRIC_EXPORT_INTERVAL (ms) overrides it.
 METRIC_INTERVAL_S = 15.0
 
@@ -93,7 +96,7 @@ class Telemetry:
             return True
         tracing.deactivate()
         if self._uplink is not None:
-            self._uplink.hurry(timeout_s)
+            self._uplink.hurry(timeout_s * SENDING_SHARE)
         done = _within(timeout_s, lambda: self._shutdown_all(timeout_s))
         self._stopped = True
         metrics.unbind()
@@ -127,18 +130,29 @@ def start(
     component: str,
     config: TelemetryConfig,
     *,
+    instance: str | None = None,
     environ: Mapping[str, str] | None = None,
     stream: TextIO | None = None,
 ) -> Telemetry:
     """Start logs, spans and metrics for a role, `hypha-worker` say.
 
-    Raises ConfigError for a bad key, `OTEL_*` or `HYPHA_LOG`; LocalProtocolError if telemetry runs already. The
-    environment is this process's unless given; log lines go to standard error unless a stream is given.
+    Raises ConfigError for a bad key, `OTEL_*` or `HYPHA_LOG`; LocalProtocolError if telemetry runs already.
+    `instance`, a peer id say, tells processes of one role apart; it is random unless given. The environment is this
+    process's unless given; log lines go to standard error unless a stream is given.
     """
     env = os.environ if environ is None else environ
     settings = resolve(component, config, env)
+    if instance is not None:
+        settings = replace(settings, attributes={"service.instance.id": instance, **settings.attributes})
     transports = {kind: connect(kind, target) for kind, target in settings.targets.items()}
     return _start(component, settings, transports, env, stream)
+
+
+def check(config: TelemetryConfig, environ: Mapping[str, str] | None = None) -> None:
+    """Raise the ConfigError that `start` would raise; starts nothing."""
+    env = os.environ if environ is None else environ
+    resolve("hypha", config, env)
+    parse_filter(env.get(VARIABLE, ""))
 
 
 def executor_start(
@@ -150,7 +164,7 @@ def executor_start(
 ) -> Telemetry:
     """Start telemetry in a process without a network: `post(path, body)` hands requests to the worker's bridge.
 
-    `path` is `/telemetry/v1/traces` or `/telemetry/v1/metrics`, the body OTLP protobuf; `post` is called from
+    `path` is `/telemetry?kind=traces` or `…=metrics`, the body OTLP protobuf; `post` is called from
     background threads, should give up within seconds, and may raise OSError or HyphaError. Logs are JSON lines on
     standard error, which the worker reads. The worker's trace decides what is sampled.
     """

@@ -9,6 +9,7 @@
 https://opentelemetry.io/docs/specs/otel/protocol/exporter/ ; what is wrong raises ConfigError instead of a warning.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
@@ -19,6 +20,7 @@ from hypha.errors import ConfigError
 Kind = Literal["traces", "metrics", "logs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 WireProtocol = Literal["grpc", "http/protobuf", "http/json"]
+HEADER_KEY = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 PROTOCOLS: tuple[WireProtocol, ...] = get_args(WireProtocol)
 SAMPLERS = (
     "always_on",
@@ -99,11 +101,6 @@ def resolve(component: str, config: TelemetryConfig, environ: Mapping[str, str])
     )
 
 
-def check(config: TelemetryConfig, environ: Mapping[str, str]) -> None:
-    """Raise ConfigError if `start` would; touches nothing."""
-    resolve("hypha", config, environ)
-
-
 def _pick(environ: Mapping[str, str], variable: str, key: str, given: str, allowed: tuple[str, ...]) -> str:
     source, value = (variable, environ[variable]) if environ.get(variable) else (key, given)
     if value not in allowed:
@@ -149,6 +146,10 @@ def _target(kind: Kind, config: TelemetryConfig, environ: Mapping[str, str]) -> 
 
     headers = text("HEADERS")
     chosen = config.telemetry_headers if headers is None else _headers(headers)
+    for key, value in chosen.items():
+        # The value may be a secret: only the key is named.
+        if not HEADER_KEY.fullmatch(key) or not (value.isascii() and value.isprintable()):
+            raise ConfigError(f"telemetry_headers: {key!r} or its value is not something HTTP can carry")
     return Target(
         # A signal's own endpoint is used as it stands; a general one is the base of its path.
         url=_url(endpoint, source, kind, text("INSECURE"), grpc=protocol == "grpc"),

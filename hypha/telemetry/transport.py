@@ -163,8 +163,8 @@ class PostTransport:
 
 
 def bridge_path(kind: Kind) -> str:
-    """Path under which the bridge takes this kind: the standard OTLP path below `/telemetry`."""
-    return f"{BRIDGE_PATH}/v1/{kind}"
+    """Path and query under which the worker's bridge takes this kind."""
+    return f"{BRIDGE_PATH}?kind={kind}"
 
 
 def as_json(kind: Kind, body: bytes) -> bytes:
