@@ -1,0 +1,16 @@
+"""The in-memory network keeps the contract of the seam, in virtual time."""
+
+import pytest
+
+from hypha.network.memory import MemoryFabric
+from tests.network.contract import NetworkContract
+
+
+@pytest.fixture
+def make_network(autojump_clock):
+    fabric = MemoryFabric("contract")
+    return lambda name, *roles: fabric.node(name, frozenset(roles))
+
+
+class TestMemory(NetworkContract):
+    """Everything in `contract`."""
