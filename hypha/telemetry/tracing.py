@@ -182,7 +182,7 @@ def _entered(handle: Span) -> Iterator[Span]:
         handle.fail(error)
         raise
     except BaseException:
-        # trio.Cancelled and KeyboardInterrupt: somebody no longer wants the result; nothing failed here.
+        # trio.Cancelled and KeyboardInterrupt: nobody wants the result any more; nothing failed here.
         handle.set(cancelled=True)
         raise
     finally:

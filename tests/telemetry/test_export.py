@@ -10,7 +10,7 @@ import pytest
 from hypha import telemetry
 from hypha.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from hypha.telemetry import metrics
-from hypha.telemetry.export import FORWARD_BODY_BYTES_MAX, FORWARD_QUEUE_MAX, Forwarder
+from hypha.telemetry.export import FORWARD_BODY_BYTES_MAX, FORWARD_QUEUE_BYTES_MAX, FORWARD_QUEUE_MAX, Forwarder
 from hypha.telemetry.instruments import Counter, Gauge, Histogram
 from hypha.telemetry.tracing import start_span
 
@@ -287,6 +287,18 @@ def test_forwarding_is_bounded_and_counts_what_it_drops(started):
         forwarder.forward("gossip", b"")
     go_on.set()
     assert forwarder.drain(60)
+    forwarder.close(60)
+
+
+def test_forwarding_holds_a_bounded_number_of_bytes(started):
+    go_on = threading.Event()
+    forwarder = Forwarder(lambda kind, body: go_on.wait(60))
+    largest = bytes(FORWARD_BODY_BYTES_MAX)
+    fits = FORWARD_QUEUE_BYTES_MAX // FORWARD_BODY_BYTES_MAX
+    assert [forwarder.forward("traces", largest) for _ in range(fits + 1)] == [True] * fits + [False]
+    go_on.set()
+    assert forwarder.drain(60)
+    assert forwarder.forward("traces", largest)
     forwarder.close(60)
 
 
