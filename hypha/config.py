@@ -7,8 +7,8 @@
       ──▶ Config      or a ConfigError:  worker.toml: `offer.flor`: unknown key (do you mean `floor`?)
 
 For whoever writes a role's Config: fields of type `Path` come out resolved against the file's directory; where a
-field is `tuple[…, ...]` one string stands for a list of one; `__post_init__` refuses with
-``ValueError("`key`: reason")`` and the key's path and file are put in front.
+field is `tuple[…, ...]` one string stands for a list of one; keys that no Struct knows are refused in every table.
+`__post_init__` refuses with ``ValueError("`key`: reason")``; the table's path and the file are put in front.
 """
 
 import ipaddress
@@ -64,7 +64,8 @@ class NodeConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     telemetry_attributes: dict[str, str] = {}
     telemetry_headers: dict[str, str] = {}
 
-    def __post_init__(self) -> None:
+    def check_addresses(self) -> None:
+        """Raise ValueError for an address or network that does not parse; `load_config` calls it."""
         for key in ("gateway_addresses", "listen_addresses", "external_addresses"):
             for index, address in enumerate(getattr(self, key)):
                 _require_tcp_multiaddr(f"{key}[{index}]", address)
@@ -97,8 +98,12 @@ def load_config(
         _put(merged, key_path, value, source=f"--set {dotted}")
         sources[key_path] = f"--set {dotted}"
     try:
+        if config_type.__struct_config__.forbid_unknown_fields:
+            _refuse_unknown(config_type, merged, "")
         config = msgspec.convert(_lists_of_one(config_type, merged), config_type, dec_hook=_custom)
-    except msgspec.ValidationError as error:
+        if isinstance(config, NodeConfig):
+            config.check_addresses()
+    except ValueError as error:  # msgspec's ValidationError is one
         key_path, reason = _explain(str(error), config_type)
         raise ConfigError(f"{_source_of(key_path, sources, path)}: {reason}") from error
     return cast(C, _resolved(config, path.absolute().parent))
@@ -166,15 +171,45 @@ def _put(table: dict[str, Any], key_path: KeyPath, value: object, *, source: str
 def _lists_of_one(kind: object, value: object) -> object:
     """Turn a lone string into a list wherever the type `kind`, or what lies inside it, wants one."""
     alternatives = _alternatives(kind)
-    items = [get_args(each)[0] for each in alternatives if get_origin(each) is tuple]
-    if isinstance(value, str) and items and str not in alternatives:
-        return [value]
-    if isinstance(value, list) and items:
-        return [_lists_of_one(items[0], each) for each in value]
+    if isinstance(value, str):
+        wants_list = any(get_origin(each) is tuple for each in alternatives) and str not in alternatives
+        return [value] if wants_list else value
+    if isinstance(value, list):
+        return [_lists_of_one(_item_kind(kind), each) for each in value]
     if isinstance(value, dict):
-        wanted = {field.encode_name: field.type for each in _structs(kind) for field in msgspec.structs.fields(each)}
-        return {key: _lists_of_one(wanted.get(key), each) for key, each in value.items()}
+        wanted = _fields(kind)
+        return {key: _lists_of_one(wanted.get(key, _item_kind(kind)), each) for key, each in value.items()}
     return value
+
+
+def _refuse_unknown(kind: object, value: object, at: str) -> None:
+    """Raise ValueError for a key that no Struct knows, those of the wire included, which would ignore it."""
+    if isinstance(value, list):
+        for index, each in enumerate(value):
+            _refuse_unknown(_item_kind(kind), each, f"{at}[{index}]")
+    if not isinstance(value, dict):
+        return
+    known = _fields(kind)
+    for key, each in value.items():
+        path = f"{at}.{key}".lstrip(".")
+        if known and key not in known:
+            close = get_close_matches(key, known, n=1)
+            raise ValueError(f"`{path}`: unknown key" + (f" (do you mean `{close[0]}`?)" if close else ""))
+        _refuse_unknown(known.get(key, _item_kind(kind)), each, path)
+
+
+def _item_kind(kind: object) -> object:
+    """Return the type of a list's items or of a table's free values; None for anything else."""
+    generic = {tuple: 0, dict: 1}
+    arguments = [
+        get_args(each)[generic[each_of]] for each in _alternatives(kind) if (each_of := get_origin(each)) in generic
+    ]
+    return arguments[0] if arguments else None
+
+
+def _fields(kind: object) -> dict[str, object]:
+    """Return type by key of the Structs among a type's alternatives; empty where there is none."""
+    return {field.encode_name: field.type for each in _structs(kind) for field in msgspec.structs.fields(each)}
 
 
 def _alternatives(kind: object) -> tuple[object, ...]:
@@ -209,7 +244,7 @@ def _resolved(value: object, base: Path) -> object:
 
 
 _AT = re.compile(r"^(?P<said>.*) - at `(?P<key>)?\$(?P<path>[^`]*)`$", re.DOTALL)
-_FIELD = re.compile(r"^Object (?P<what>contains unknown|missing required) field `(?P<key>[^`]+)`$")
+_MISSING = re.compile(r"^Object missing required field `(?P<key>[^`]+)`$")
 _OWN = re.compile(r"^`(?P<key>[^`]+)`: (?P<said>.*)$", re.DOTALL)
 
 
@@ -218,12 +253,10 @@ def _explain(message: str, config_type: type[Struct]) -> tuple[KeyPath, str]:
     at = _AT.match(message)
     said, parent = (at["said"], at["path"].lstrip(".")) if at else (message, "")
     # msgspec speaks JSON, the file is TOML.
-    reason = said[:1].lower() + said[1:].replace("`object`", "`table`")
+    reason = said[:1].lower() + re.sub(r"\bobject\b", "table", said[1:])
     key = parent
-    if field := _FIELD.match(said):
-        key = f"{parent}.{field['key']}".lstrip(".")
-        unknown = field["what"].endswith("unknown")
-        reason = f"unknown key{_suggestion(config_type, parent, field['key'])}" if unknown else "missing"
+    if missing := _MISSING.match(said):
+        key, reason = f"{parent}.{missing['key']}".lstrip("."), "missing"
     elif own := _OWN.match(said):
         key, reason = f"{parent}.{own['key']}".lstrip("."), own["said"]
     elif said.startswith("Invalid enum"):
@@ -231,20 +264,8 @@ def _explain(message: str, config_type: type[Struct]) -> tuple[KeyPath, str]:
     return tuple(re.split(r"[.\[]", key)), f"`{key}`: {reason}" if key else reason
 
 
-def _suggestion(config_type: type[Struct], parent: str, key: str) -> str:
-    kinds = _kinds_at(config_type, _steps(parent))
-    known = [field.encode_name for kind in kinds for each in _structs(kind) for field in msgspec.structs.fields(each)]
-    close = get_close_matches(key, known, n=1)
-    return f" (do you mean `{close[0]}`?)" if close else ""
-
-
 def _choices(config_type: type[Struct], key: str) -> str:
-    literals = [
-        each
-        for kind in _kinds_at(config_type, _steps(key))
-        for each in _alternatives(kind)
-        if get_origin(each) is Literal
-    ]
+    literals = [each for each in _alternatives(_kind_at(config_type, _steps(key))) if get_origin(each) is Literal]
     values = ", ".join(str(value) for literal in literals for value in get_args(literal))
     return f" (one of {values})" if values else ""
 
@@ -258,21 +279,13 @@ def _structs(kind: object) -> list[type[Struct]]:
     return [each for each in _alternatives(kind) if isinstance(each, type) and issubclass(each, Struct)]
 
 
-def _kinds_at(kind: object, steps: list[str]) -> list[object]:
-    """Return the types that a value may have at the end of the steps."""
+def _kind_at(kind: object, steps: list[str]) -> object:
+    """Return the type that a value has at the end of the steps; None where they lead nowhere."""
     if not steps:
-        return [kind]
+        return kind
     if steps[0] == "[":  # into the items of a list or the values of a table
-        items = [get_args(each)[-1] for each in _alternatives(kind) if get_origin(each) is dict]
-        items += [get_args(each)[0] for each in _alternatives(kind) if get_origin(each) is tuple]
-        return [found for item in items for found in _kinds_at(item, steps[2:])]
-    return [
-        found
-        for each in _structs(kind)
-        for field in msgspec.structs.fields(each)
-        if field.encode_name == steps[0]
-        for found in _kinds_at(field.type, steps[1:])
-    ]
+        return _kind_at(_item_kind(kind), steps[2:])
+    return _kind_at(_fields(kind).get(steps[0]), steps[1:])
 
 
 def _source_of(key_path: KeyPath, sources: Mapping[KeyPath, str], path: Path) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from hypha.config import NodeConfig, load_config, parse_value
 from hypha.errors import ConfigError
@@ -26,6 +26,12 @@ class Executor(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, re
     args: tuple[str, ...] = ()
 
 
+class Wire(Struct, frozen=True, kw_only=True):
+    """A Struct that also crosses the network, where unknown fields are ignored."""
+
+    cpu: float = 1.0
+
+
 class Config(NodeConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A role's configuration as an engineer would write it."""
 
@@ -34,9 +40,11 @@ class Config(NodeConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     dataset_path: tuple[Path, ...] = ()
     offer: Offer = Offer()
     executors: tuple[Executor, ...] = ()
+    needs: Wire = Wire()
+    dataset: Wire | str = ""
+    quotas: dict[str, Offer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.offer.price is not None and self.offer.price < self.offer.floor:
             raise ValueError("`offer.price`: is below `offer.floor`")
 
@@ -148,6 +156,11 @@ def test_addresses_of_every_usual_kind_are_taken(load):
             '[[executors]]\nclass = "a"\n[[executors]]\nclas = "b"',
             "worker.toml: `executors[1].clas`: unknown key (do you mean `class`?)",
         ),
+        ("[needs]\ncpus = 1", "worker.toml: `needs.cpus`: unknown key (do you mean `cpu`?)"),
+        ("[dataset]\nwhat = 1", "worker.toml: `dataset.what`: unknown key"),
+        ("dataset = 1", "worker.toml: `dataset`: expected `str | table`, got `int`"),
+        ("[quotas.a]\nflor = 0", "worker.toml: `quotas.a.flor`: unknown key (do you mean `floor`?)"),
+        ("[quotas.a]\nfloor = 0", "worker.toml: `quotas[...].floor`: expected `float` > 0.0"),
         ("[offer]\nfloor = -1", "worker.toml: `offer.floor`: expected `float` > 0.0"),
         ("offer = 3", "worker.toml: `offer`: expected `table`, got `int`"),
         ("relay_circuit = 1", "worker.toml: `relay_circuit`: expected `bool`, got `int`"),
