@@ -1,0 +1,223 @@
+"""The parameter server's executor: `python -m hypha.training.aggregate --socket S --work-dir W --job J`.
+
+    StateReady(r) ─▶ ┌─ Screen(update) ─▶ Screened ──────────────────────┐
+                     ├─ Merge(r+1, close, inputs) ─▶ MergeDone(θ, v, Δ̄, U)│ from the state of round r, every time
+                     ├─ RoundCommitted(r+1) ─▶ r+1 is the state ──────────┤
+                     └─ Stop ─▶ exit 0                                    ┘
+
+Two states exist at most: the committed one, and the outcome of the newest close of the round after it. Files of a round
+stay until the next one is committed, because late workers may still ask for them. Evaluation has a thread of its own.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hypha.errors import JobFailed, RemoteProtocolError
+from hypha.protocol.bridge import (
+    Event,
+    FetchResume,
+    FileRef,
+    Merge,
+    MergeDone,
+    MergeFailed,
+    Report,
+    ResumeFetched,
+    RoundCommitted,
+    Screen,
+    Screened,
+    StateReady,
+    Stop,
+)
+from hypha.protocol.job import JobSpec
+from hypha.telemetry import get_logger, span_from
+from hypha.training import executor, models, outer, tensors
+from hypha.training.evaluate import Evaluator
+from hypha.training.session import Session
+from hypha.training.sources import fetch_source
+
+log = get_logger("training.aggregate")
+
+EVENT_WAIT_S = 60.0
+REASON_CHARS_MAX = 8000
+
+
+@dataclass(frozen=True)
+class State:
+    """Model and momentum after `round` outer steps."""
+
+    round: int
+    model: FileRef
+    momentum: FileRef
+
+
+class Aggregator:
+    """The committed state, the outcome of the round after it, and every file that belongs to a round."""
+
+    def __init__(self, session: Session, job: JobSpec, work_dir: Path, state: State, evaluator: Evaluator) -> None:
+        self.session, self.job, self.work_dir = session, job, work_dir
+        self.evaluator = evaluator
+        self.state = state
+        self.outcome: MergeDone | None = None
+        self.shapes = tensors.layout_of(work_dir / state.model.path).shapes()
+        self.files: dict[int, set[str]] = {state.round: {state.model.path, state.momentum.path}}
+        self.over = False
+
+    def run(self) -> None:
+        """Serve events until Stop. Raises BridgeClosed."""
+        self._report(StateReady(round=self.state.round, model=self.state.model, momentum=self.state.momentum))
+        self.evaluator.submit(self.state.round, self.state.model)
+        while not self.over:
+            event = self.session.next_event(EVENT_WAIT_S)
+            if event is not None:
+                self.take(event)
+
+    def take(self, event: Event) -> None:
+        """Act on one event."""
+        match event:
+            case Screen():
+                self.screen(event)
+            case Merge():
+                self.merge(event)
+            case RoundCommitted():
+                self.commit(event)
+            case Stop():
+                log.info("Aggregation is over", reason=event.reason, round=self.state.round)
+                self.over = True
+
+    def screen(self, event: Screen) -> None:
+        """Say whether an update may be merged."""
+        self.files.setdefault(event.round, set()).add(event.file.path)
+        with span_from(event.traceparent, "screen", round=event.round) as span:
+            refusal = tensors.screen(self.work_dir / event.file.path, self.shapes)
+            if refusal is not None:
+                span.fail(refusal)
+            self._report(Screened(ticket=event.ticket, refusal=refusal))
+
+    def merge(self, event: Merge) -> None:
+        """Close a round from the state before it; a close that was already answered is answered the same."""
+        done = self.outcome
+        if done is not None and (done.round, done.close) == (event.round, event.close):
+            self._report(done)
+            return
+        with span_from(event.traceparent, "aggregate", round=event.round, close=event.close) as span:
+            try:
+                done = self._merged(event)
+            except RemoteProtocolError as error:
+                span.fail(error)
+                log.warn("Merge failed", round=event.round, close=event.close, reason=str(error))
+                self._report(MergeFailed(round=event.round, close=event.close, reason=str(error)[:REASON_CHARS_MAX]))
+                return
+            self.outcome = done
+            self._report(done)
+            self.evaluator.submit(done.round, done.model, event.traceparent)
+
+    def _merged(self, event: Merge) -> MergeDone:
+        # Round r+1 is closed only once round r is committed: a Merge for it says so, too.
+        done = self.outcome
+        if done is not None and event.round == done.round + 1 and event.base_digest == done.model.digest:
+            self._advance(done)
+        if event.round != self.state.round + 1:
+            raise RemoteProtocolError(f"round {event.round} cannot follow the state after round {self.state.round}")
+        if event.base_digest != self.state.model.digest:
+            raise RemoteProtocolError(f"base {event.base_digest} is not ours, {self.state.model.digest}")
+        self._drop_outcome()
+        outs = self._outs(event.round, event.close)
+        stepped = outer.step(
+            outs,
+            model=self.work_dir / self.state.model.path,
+            momentum=self.work_dir / self.state.momentum.path,
+            shares=[
+                outer.Share(self.work_dir / one.file.path, one.samples, f"{one.peer_id}/{one.fence}")
+                for one in event.inputs
+            ],
+            outer=self.job.outer,
+        )
+        refs = {part: getattr(stepped, part).ref(self.work_dir) for part in outer.PARTS}
+        self.files.setdefault(event.round, set()).update(ref.path for ref in refs.values())
+        return MergeDone(round=event.round, close=event.close, update_norm=stepped.update_norm, **refs)
+
+    def commit(self, event: RoundCommitted) -> None:
+        """Round `event.round` can no longer be lost: what came before it may go."""
+        done = self.outcome
+        if done is None or done.round != event.round:
+            return
+        if done.model.digest != event.digest:
+            log.warn("Another close was committed", round=event.round, committed=event.digest, ours=done.model.digest)
+            return
+        self._advance(done)
+
+    def _advance(self, done: MergeDone) -> None:
+        self.state = State(done.round, done.model, done.momentum)
+        self.outcome = None
+        for round_ in [one for one in self.files if one < done.round]:
+            for path in self.files.pop(round_):
+                (self.work_dir / path).unlink(missing_ok=True)
+
+    def _drop_outcome(self) -> None:
+        """An earlier close of the open round gives way to a new one."""
+        done, self.outcome = self.outcome, None
+        if done is not None:
+            for ref in (done.model, done.momentum, done.record, done.update):
+                (self.work_dir / ref.path).unlink(missing_ok=True)
+                self.files.get(done.round, set()).discard(ref.path)
+
+    def _outs(self, round_: int, close: int) -> dict[str, Path]:
+        return {part: self.work_dir / f"{part}-{round_}-{close}.safetensors" for part in outer.PARTS}
+
+    def _report(self, report: Report) -> None:
+        self.session.report(report)
+
+
+def initial_state(session: Session, job: JobSpec, work_dir: Path) -> State:
+    """Model and momentum to begin with: the job's initial weights, or committed state with its records replayed."""
+    if job.resume is not None:
+        return resumed_state(session, job, work_dir)
+    model = models.build(job.model, source=fetch_source(session, job))
+    parameters = models.parameters_of(model)
+    theta = tensors.save(work_dir / "model-0-0.safetensors", parameters)
+    momentum = outer.zeros(work_dir / "momentum-0-0.safetensors", tensors.shapes_of(parameters))
+    return State(0, theta.ref(work_dir), momentum.ref(work_dir))
+
+
+def resumed_state(session: Session, job: JobSpec, work_dir: Path) -> State:
+    """Fetch the job's resume point and replay its records. Raises JobFailed when that leads nowhere."""
+    fetched = session.fetch_patiently(FetchResume())
+    if not isinstance(fetched, ResumeFetched):
+        raise RemoteProtocolError(f"worker answered FetchResume with {type(fetched).__name__}")
+    state = State(fetched.round, fetched.model, fetched.momentum)
+    for record in fetched.records:
+        number = state.round + 1
+        outs = {part: work_dir / f"{part}-{number}-replayed.safetensors" for part in outer.PARTS}
+        old = [work_dir / ref.path for ref in (state.model, state.momentum, record)]
+        try:
+            stepped = outer.replay(outs, model=old[0], momentum=old[1], record=old[2], outer=job.outer)
+        except RemoteProtocolError as error:
+            raise JobFailed(f"record of round {number} cannot be replayed: {error}") from error
+        state = State(number, stepped.model.ref(work_dir), stepped.momentum.ref(work_dir))
+        for path in (*old, outs["record"], outs["update"]):
+            path.unlink(missing_ok=True)
+    return state
+
+
+def work(session: Session, job: JobSpec, work_dir: Path) -> None:
+    """Serve one job's parameters until it is over."""
+    state = initial_state(session, job, work_dir)
+
+    def build() -> torch.nn.Module:
+        return models.build(job.model, source=fetch_source(session, job))
+
+    with Evaluator(session, job, work_dir, build) as evaluator:
+        Aggregator(session, job, work_dir, state, evaluator).run()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as a process; returns its exit code."""
+    return executor.run(work, "aggregate", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Where a training executor stands, and what it does next: rules only, no files, no tensors.
+
+    events ─▶ Outlook (newest view, updates not yet applied, what is committed, whether it is over)
+    Outlook + bases kept + round here ─▶ next_move:
+
+    Finish ◀── over, or a final view                       Train ◀── on the view's base, not yet contributed
+    Apply  ◀── an update of a base that is kept            Wait  ◀── contributed, not a member, or update on its way
+    Return ◀── the view's base is kept, elsewhere          Fetch ◀── the view's base is neither kept nor on its way
+
+Views and updates travel separately, so either may come first. An update that was applied settles all views seen until
+then; only a newer one can call the executor back to an earlier round (that round was never committed).
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from msgspec import Struct
+
+from hypha.protocol.bridge import Event, RoundCommitted, Stop, UpdateArrived, ViewChanged
+
+# A view whose base we lack is normally followed by the update that leads there; after this, fetch the whole model.
+UPDATE_WAIT_S = 10.0
+
+
+class Standing(Protocol):
+    """What the rules need to know of a kept round."""
+
+    digest: str  # of the base
+    contributed: bool  # its update was delivered
+
+
+class Train(Struct, frozen=True):
+    """Take inner steps on the base where we stand, or send again what was trained on it."""
+
+
+class Wait(Struct, frozen=True):
+    """Nothing to do until an event comes."""
+
+
+class Apply(Struct, frozen=True):
+    """Subtract this update from the kept base of its round."""
+
+    update: UpdateArrived
+
+
+class Return(Struct, frozen=True):
+    """Stand on the kept base of this round."""
+
+    round: int
+
+
+class Fetch(Struct, frozen=True):
+    """Fetch the newest view's base."""
+
+
+class Finish(Struct, frozen=True):
+    """Exit 0."""
+
+    reason: str
+
+
+Move = Train | Wait | Apply | Return | Fetch | Finish
+
+
+class Outlook:
+    """What the events so far add up to."""
+
+    def __init__(self) -> None:
+        self.view: ViewChanged | None = None
+        self.settled_view = -1
+        self.updates: dict[int, UpdateArrived] = {}
+        self.committed = 0
+        self.over: str | None = None
+        self.behind_since: float | None = None
+
+    def take(self, event: Event) -> None:
+        """Add one event; older views and lower closes than those known change nothing."""
+        match event:
+            case ViewChanged():
+                if self.view is None or event.view > self.view.view:
+                    self.view = event
+                    self.committed = max(self.committed, event.committed_round)
+            case UpdateArrived():
+                known = self.updates.get(event.round)
+                if known is None or event.close >= known.close:
+                    self.updates[event.round] = event
+            case RoundCommitted():
+                self.committed = max(self.committed, event.round)
+            case Stop():
+                self.over = event.reason or "stopped"
+
+    def settle(self) -> None:
+        """The views seen so far have had their effect."""
+        self.settled_view = -1 if self.view is None else self.view.view
+        self.behind_since = None
+
+    def forget_updates_from(self, round_: int) -> None:
+        """Their round is open again: only updates that come from now on count."""
+        self.updates = {number: update for number, update in self.updates.items() if number < round_}
+
+
+def next_move(outlook: Outlook, kept: Mapping[int, Standing], here: int, now: float) -> Move:
+    """Decide; `here` is the round whose base the executor stands on, `now` in seconds of any monotonic clock."""
+    view = outlook.view
+    if outlook.over is not None:
+        return Finish(outlook.over)
+    if view is not None and view.final:
+        return Finish("the last round is over")
+    update = _applicable(outlook, kept, here)
+    if update is not None:
+        return Apply(update)
+    stay = Wait() if kept[here].contributed else Train()
+    if view is None or view.view <= outlook.settled_view:
+        return stay
+    if (view.round, view.base_digest) == (here, kept[here].digest):
+        return stay if view.member else Wait()
+    return _elsewhere(outlook, view, kept, here, now)
+
+
+def _applicable(outlook: Outlook, kept: Mapping[int, Standing], here: int) -> UpdateArrived | None:
+    """The newest update whose base is kept and whose result is not."""
+    for round_ in sorted(outlook.updates, reverse=True):
+        update = outlook.updates[round_]
+        base, after = kept.get(round_), kept.get(round_ + 1)
+        if round_ > here or base is None or base.digest != update.base_digest:
+            continue
+        if round_ == here or after is None or after.digest != update.model_digest:
+            return update
+    return None
+
+
+def _elsewhere(outlook: Outlook, view: ViewChanged, kept: Mapping[int, Standing], here: int, now: float) -> Move:
+    target = kept.get(view.round)
+    if target is not None and target.digest == view.base_digest:
+        return Return(view.round)
+    if view.round <= here:
+        return Fetch()
+    if outlook.behind_since is None:
+        outlook.behind_since = now
+    return Wait() if now - outlook.behind_since < UPDATE_WAIT_S else Fetch()

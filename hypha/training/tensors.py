@@ -1,0 +1,206 @@
+"""Model files: canonical SafeTensors fp32, written and read one tensor at a time.
+
+    with Writer(path, shapes) as out:           header first, then tensors in name order, sha256 on the way
+        for name in out.names: out.write(tensor)
+    file = Reader(path)                         one tensor in memory at a time; nothing is mapped
+    for name in file.names: file.read(name)
+
+A file that is not whole does not exist: it is written as `.part` and renamed when it is complete. The digest of a file
+is the digest of its tensors (hypha.protocol.tensorfile).
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import cast
+
+import torch
+from msgspec import Struct
+
+from hypha.errors import RemoteProtocolError, StoreError
+from hypha.protocol.bridge import FileRef
+from hypha.protocol.tensorfile import LENGTH_BYTES, Layout, TensorSpec, header_length, layout, parse_header
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Written(Struct, frozen=True):
+    """A finished file: its path, size in bytes and sha256."""
+
+    path: Path
+    bytes: int
+    digest: str
+
+    def ref(self, work_dir: Path) -> FileRef:
+        """As the bridge names it: relative to the work directory."""
+        return FileRef(path=str(self.path.relative_to(work_dir)), bytes=self.bytes, digest=self.digest)
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shape by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The tensor's own memory as little-endian bytes, without a copy where it is contiguous fp32 on the CPU."""
+    array = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+    return array.reshape(-1).view("u1").data
+
+
+class Writer:
+    """Writes one file; `names` is the order in which tensors must come. Raises StoreError naming the path."""
+
+    def __init__(self, path: Path, shapes: Shapes) -> None:
+        header, self._layout = layout(TensorSpec(name, "F32", shape) for name, shape in shapes.items())
+        self.path = path
+        self.names = list(self._layout.tensors)
+        self._next = 0
+        self._sha = hashlib.sha256()
+        self._part = path.with_name(path.name + ".part")
+        try:
+            self._file = self._part.open("wb")
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error.strerror}") from error
+        self._put(header)
+
+    def __enter__(self) -> "Writer":
+        """Nothing to do: the header is already written."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Remove what was not finished."""
+        if not self._file.closed:
+            self._file.close()
+            self._part.unlink(missing_ok=True)
+
+    def write(self, tensor: torch.Tensor) -> None:
+        """Append the next tensor in name order; any float dtype and device, stored as fp32."""
+        spec = self._layout.tensors[self.names[self._next]].spec
+        assert tuple(tensor.shape) == spec.shape, f"{spec.name}: {tuple(tensor.shape)} is not {spec.shape}"
+        self._put(_bytes_of(tensor))
+        self._next += 1
+
+    def finish(self) -> Written:
+        """Put the complete file in its place."""
+        assert self._next == len(self.names), f"{self.path.name}: {self.names[self._next]} is missing"
+        try:
+            self._file.close()
+            self._part.replace(self.path)
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error.strerror}") from error
+        return Written(self.path, self._layout.file_bytes, self._sha.hexdigest())
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._sha.update(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error.strerror}") from error
+
+
+class Reader:
+    """Reads one file of fp32 tensors, open only while it reads: a merge may have thousands of them.
+
+    Raises RemoteProtocolError naming the file and the fault.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.layout = layout_of(path)
+        self.names = sorted(self.layout.tensors)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, fp32 on the CPU, in memory of its own."""
+        placed = self.layout.tensors.get(name)
+        if placed is None:
+            raise RemoteProtocolError(f"{self.path.name}: tensor {name!r} is missing")
+        if placed.spec.dtype != "F32":
+            raise RemoteProtocolError(f"{self.path.name}: tensor {name!r} is {placed.spec}, expected F32")
+        tensor = torch.empty(placed.spec.shape, dtype=torch.float32)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(placed.start)
+            rest = _bytes_of(tensor)
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise RemoteProtocolError(f"{self.path.name}: tensor {name!r} is cut short")
+                rest = rest[count:]
+        return tensor
+
+
+def layout_of(path: Path) -> Layout:
+    """Read and check a file's header. Raises RemoteProtocolError naming the file and the fault."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = os.pread(file.fileno(), LENGTH_BYTES, 0)
+            header = os.pread(file.fileno(), header_length(prefix, file_bytes=size), 0)
+        return parse_header(header, file_bytes=size)
+    except OSError as error:
+        raise RemoteProtocolError(f"{path}: {error.strerror}") from error
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(f"{path.name}: {error}") from error
+
+
+def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> Written:
+    """Write tensors as one file."""
+    with Writer(path, shapes_of(tensors)) as out:
+        for name in out.names:
+            out.write(tensors[name])
+        return out.finish()
+
+
+def load_into(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy a file's tensors into existing ones of the same names and shapes, in place, one at a time."""
+    file = Reader(path)
+    fault = mismatch(file.layout, shapes_of(tensors))
+    if fault is not None:
+        raise RemoteProtocolError(f"{path.name}: {fault}")
+    with torch.no_grad():
+        for name in file.names:
+            tensors[name].copy_(file.read(name))
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of the file that `save` would write."""
+    header, places = layout(TensorSpec(name, "F32", shape) for name, shape in shapes_of(tensors).items())
+    sha = hashlib.sha256(header)
+    for name in places.tensors:
+        sha.update(_bytes_of(tensors[name]))
+    return sha.hexdigest()
+
+
+def mismatch(found: Layout, shapes: Shapes) -> str | None:
+    """Say how a file's names, shapes and dtypes differ from fp32 tensors of these shapes; None if they do not."""
+    missing, extra = sorted(shapes.keys() - found.tensors.keys()), sorted(found.tensors.keys() - shapes.keys())
+    if missing:
+        return f"tensor {missing[0]!r} is missing ({len(missing)} in all)"
+    if extra:
+        return f"tensor {extra[0]!r} is not of this model ({len(extra)} in all)"
+    for name, placed in found.tensors.items():
+        wanted = TensorSpec(name, "F32", tuple(shapes[name]))
+        if placed.spec != wanted:
+            return f"tensor {name!r} is {placed.spec}, expected {wanted}"
+    return None
+
+
+def screen(path: Path, shapes: Shapes) -> str | None:
+    """Say why a pseudo-gradient must not be merged: wrong names, shapes, dtypes, or not finite; None if it may."""
+    try:
+        file = Reader(path)
+        fault = mismatch(file.layout, shapes)
+        if fault is not None:
+            return fault
+        for name in file.names:
+            if not is_finite(file.read(name)):
+                return f"tensor {name!r} is not finite"
+    except RemoteProtocolError as error:
+        return str(error)
+    return None
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """True when no element is NaN or infinite. The sum is tried first: it is finite only if all elements are."""
+    return bool(torch.isfinite(tensor.sum())) or cast(bool, torch.isfinite(tensor).all().item())

@@ -1,0 +1,329 @@
+"""The training executor: `python -m hypha.training.train --socket S --work-dir W --job J`.
+
+    FetchBase ─▶ BaseReady ─▶ ┌─▶ take samples, inner step, TrainProgress ─┐
+                              │         until SyncAt, NoSamples or an event │
+                              │   SendUpdate(Δ, the intervals used) ◀───────┘
+                              └── UpdateArrived: θ ← θ_base − U ◀── wait
+
+What to do next is decided by hypha.training.standing. For every round not yet committed the executor keeps the base (a
+file), its inner state from the round's beginning, and its update: so it can go back and send that again.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from hypha.errors import JobFailed, RemoteProtocolError
+from hypha.protocol.bridge import (
+    BaseFetched,
+    BaseReady,
+    FetchBase,
+    Fetched,
+    FetchSamples,
+    FileRef,
+    Finish,
+    Instruction,
+    Report,
+    SendAccepted,
+    SendRebase,
+    SendRefused,
+    SendUpdate,
+    SyncAt,
+    TrainProgress,
+    UpdateArrived,
+)
+from hypha.protocol.job import JobSpec
+from hypha.protocol.messages import Interval
+from hypha.telemetry import get_logger, inject, span_from
+from hypha.training import executor, models, outer, standing, tensors
+from hypha.training.batches import Feed, rows_of
+from hypha.training.inner import Inner, InnerLoop
+from hypha.training.session import BridgeRefused, Session
+from hypha.training.sources import fetch_preprocessor, fetch_source
+
+log = get_logger("training.train")
+
+# How long to sleep at most when there is nothing to do; rules that depend on time are looked at that often.
+IDLE_S = 1.0
+# How much to ask for at once: a grant is one question to the scheduler, and an unused rest is given back.
+GRANT_BATCHES = 8
+# The mean batch time that is reported covers this many: short enough to follow a machine that becomes busy.
+RECENT_BATCHES = 8
+# A round in which samples or sending were refused is tried again this often, so that one stale answer costs nothing.
+REFUSALS_MAX = 5
+
+
+@dataclass
+class Kept:
+    """One uncommitted round as this executor has it."""
+
+    base: Path
+    digest: str
+    inner: Inner  # at the round's beginning
+    update: SendUpdate | None = None
+    contributed: bool = False
+    begun: bool = False  # inner steps were taken on it
+    requests: int = 0  # FetchSamples made so far
+    refusals: int = 0
+
+
+class Trainer:
+    """One executor's state across rounds; `here` is the round whose base the model stands on."""
+
+    def __init__(self, session: Session, job: JobSpec, work_dir: Path) -> None:
+        self.session, self.job, self.work_dir = session, job, work_dir
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.inner = InnerLoop(models.build(job.model, source=fetch_source(session, job)), job.inner, device)
+        self.preprocess = fetch_preprocessor(session, job)
+        self.parameters = models.parameters_of(self.inner.model)
+        self.outlook = standing.Outlook()
+        self.kept: dict[int, Kept] = {}
+        self.here = 0
+        self.recent_s: deque[float] = deque(maxlen=RECENT_BATCHES)
+
+    def run(self) -> None:
+        """Train until the job is over. Raises JobFailed, BridgeClosed."""
+        self.fetch_base()
+        while not isinstance(move := self._next(), standing.Finish):
+            match move:
+                case standing.Apply(update):
+                    self.apply(update)
+                case standing.Return(round_):
+                    self.go_back(round_)
+                case standing.Fetch():
+                    self.fetch_base()
+                case standing.Train():
+                    self.contribute()
+                case standing.Wait():
+                    self._idle()
+            self._listen()
+        log.info("Training is over", reason=move.reason, inner_steps=self.inner.steps)
+
+    # --- standing on a base ---
+
+    def fetch_base(self) -> None:
+        """Stand on the newest view's base, fetched."""
+        fetched = self.session.fetch_patiently(FetchBase())
+        if not isinstance(fetched, BaseFetched):
+            raise RemoteProtocolError(f"worker answered FetchBase with {type(fetched).__name__}")
+        self._listen()
+        self.outlook.forget_updates_from(fetched.round)
+        self._stand(fetched.round, self.work_dir / fetched.file.path, fetched.file.digest)
+
+    def apply(self, arrived: UpdateArrived) -> None:
+        """Stand on θ_base − U, if that is what the parameter server says it is; else on what it holds."""
+        base, update = self.kept[arrived.round].base, self.work_dir / arrived.file.path
+        result = self.work_dir / f"model-{arrived.round}-{arrived.close}-{arrived.model_digest[:8]}.safetensors"
+        with span_from(arrived.traceparent, "outer_update", round=arrived.round, close=arrived.close) as span:
+            del self.outlook.updates[arrived.round]
+            try:
+                written = outer.subtract(result, base, update)
+                update.unlink(missing_ok=True)
+            except RemoteProtocolError as error:
+                span.fail(error)
+                log.warn("Outer update is unusable, fetching the model", round=arrived.round, reason=str(error))
+                return self.fetch_base()
+            if written.digest != arrived.model_digest:
+                log.warn("Outer update leads elsewhere, fetching the model", round=arrived.round)
+                return self.fetch_base()
+            # A close of an earlier round is applied to the state that followed that round's inner steps.
+            after = self.kept.get(arrived.round + 1)
+            if after is not None:
+                self.inner.restore(after.inner)
+            self._committed(arrived.round - 1)
+            return self._stand(arrived.round + 1, written.path, written.digest)
+
+    def go_back(self, round_: int) -> None:
+        """Stand on a kept base again: its round is open again, and what came after it is void."""
+        kept = self.kept[round_]
+        log.info("Round is open again", round=round_, resend=kept.update is not None)
+        after = self.kept.get(round_ + 1)
+        self.inner.restore(after.inner if kept.update is not None and after is not None else kept.inner)
+        for later in (one for number, one in self.kept.items() if number > round_):
+            later.update, later.contributed = None, False
+        kept.contributed = False
+        self.outlook.forget_updates_from(round_)
+        tensors.load_into(kept.base, self.parameters)
+        self.here = round_
+        self._ready()
+
+    def _stand(self, round_: int, base: Path, digest: str) -> None:
+        tensors.load_into(base, self.parameters)
+        inner = self.inner.save(self.work_dir / f"inner-{round_}.safetensors")
+        self._replace(round_, Kept(base, digest, inner))
+        self.here = round_
+        self.outlook.settle()
+        self._ready()
+
+    def _ready(self) -> None:
+        self._report(BaseReady(round=self.here, digest=self.kept[self.here].digest))
+
+    def _replace(self, round_: int, kept: Kept) -> None:
+        old = self.kept.get(round_)
+        self.kept[round_] = kept
+        if old is not None and old.base != kept.base:
+            old.base.unlink(missing_ok=True)
+
+    def _committed(self, round_: int) -> None:
+        """What was kept to undo rounds up to `round_` may go."""
+        for number in [one for one in self.kept if one <= round_ and one != self.here]:
+            kept = self.kept.pop(number)
+            update = None if kept.update is None else self.work_dir / kept.update.file.path
+            for path in (kept.base, kept.inner.path, update):
+                if path is not None:
+                    path.unlink(missing_ok=True)
+
+    # --- one round ---
+
+    def contribute(self) -> None:
+        """Train the round where we stand and send the result, or send again what it gave; an event may end both."""
+        kept = self.kept[self.here]
+        view = self.outlook.view
+        traceparent = view.traceparent if view is not None else None
+        try:
+            if kept.update is None:
+                with span_from(traceparent, "inner_steps", round=self.here):
+                    kept.update = self.train_round(kept)
+            if kept.update is not None:
+                with span_from(traceparent, "push", round=self.here, samples=kept.update.samples):
+                    self.send(kept, kept.update)
+        except BridgeRefused as refusal:
+            self._refused(kept, str(refusal), final=not refusal.retry)
+            self._idle()
+
+    def train_round(self, kept: Kept) -> SendUpdate | None:
+        """Take inner steps until told to sync or out of samples; None when an event ends the round first."""
+        if kept.begun:
+            tensors.load_into(kept.base, self.parameters)
+            self.inner.restore(kept.inner)
+        kept.begun = True
+        round_, samples_max = self.here, self.job.rounds.samples_between_updates
+        batches = samples = 0
+        loss_sum, sync_at = 0.0, samples_max
+        with self._feed(kept) as feed:
+            while batches < sync_at and samples < samples_max:
+                if self._called_away():
+                    return None
+                size = self.job.rounds.max_batch_size
+                batch = feed.take(size, then=min((sync_at - batches - 1) * size, samples_max - samples - size))
+                if batch is None:
+                    if feed.exhausted or feed.full:
+                        break
+                    return None
+                count = rows_of(batch)
+                loss = self.inner.step(self.preprocess(batch), round_=round_)
+                self.recent_s.append(self.inner.step_s)
+                batches, samples, loss_sum = batches + 1, samples + count, loss_sum + loss * count
+                answer = self._report(self._progress(batches, samples, count, loss))
+                if isinstance(answer, SyncAt) and answer.round == round_:
+                    sync_at = answer.batches
+        self.inner.finished_round(round_, batches)
+        delta = outer.pseudo_gradient(self.work_dir / f"update-{round_}.safetensors", kept.base, self.parameters)
+        mean_loss = loss_sum / samples if samples else 0.0
+        return self._update(kept, delta.ref(self.work_dir), feed.used, mean_loss)
+
+    def send(self, kept: Kept, update: SendUpdate) -> None:
+        """Deliver an update, and take the answer to heart. Raises BridgeRefused."""
+        answer = self.session.send(msgspec.structs.replace(update, traceparent=inject()))
+        self._listen()
+        match answer:
+            case SendAccepted():
+                kept.contributed = True
+            case SendRefused(reason=reason):
+                kept.update = None  # sending the same again would not help
+                self._refused(kept, reason, final=True)
+            case SendRebase(round=round_, base_digest=digest):
+                target = self.kept.get(round_)
+                if target is None or target.digest != digest:
+                    self.fetch_base()
+                elif round_ != self.here:
+                    self.go_back(round_)
+
+    def _refused(self, kept: Kept, reason: str, *, final: bool) -> None:
+        kept.refusals += final
+        log.warn("Refused", round=self.here, reason=reason, times=kept.refusals)
+        if kept.refusals >= REFUSALS_MAX:
+            raise JobFailed(f"round {self.here}: refused {kept.refusals} times: {reason}")
+
+    def _feed(self, kept: Kept) -> Feed:
+        # The current span is this thread's; the questions are asked from another.
+        round_, traceparent = self.here, inject()
+
+        def ask(wanted: int, leave: Callable[[], bool]) -> Fetched:
+            request = FetchSamples(round=round_, request=kept.requests, wanted=wanted, traceparent=traceparent)
+            kept.requests += 1
+            return self.session.fetch_patiently(request, leave=leave)
+
+        return Feed(
+            ask,
+            work_dir=self.work_dir,
+            schema=self.job.dataset.schema,
+            grant_samples=GRANT_BATCHES * self.job.rounds.max_batch_size,
+            leave=self._called_away,
+        )
+
+    def _progress(self, batches: int, samples: int, batch_size: int, loss: float) -> TrainProgress:
+        return TrainProgress(
+            round=self.here,
+            batches=batches,
+            samples=samples,
+            batch_size=batch_size,
+            batch_s=sum(self.recent_s) / len(self.recent_s),
+            loss=loss,
+        )
+
+    def _update(self, kept: Kept, file: FileRef, used: Sequence[Interval], loss: float) -> SendUpdate:
+        return SendUpdate(
+            round=self.here,
+            base_digest=kept.digest,
+            file=file,
+            samples=sum(interval.samples for interval in used),
+            intervals=tuple(sorted(used)),
+            loss=loss,
+        )
+
+    # --- listening ---
+
+    def _listen(self) -> None:
+        for event in self.session.drain():
+            self.outlook.take(event)
+        # The base of the round after the last committed one is needed as long as that round is open.
+        self._committed(self.outlook.committed)
+
+    def _idle(self) -> None:
+        event = self.session.next_event(IDLE_S)
+        if event is not None:
+            self.outlook.take(event)
+
+    def _next(self) -> standing.Move:
+        return standing.next_move(self.outlook, self.kept, self.here, time.monotonic())
+
+    def _called_away(self) -> bool:
+        self._listen()
+        return not isinstance(self._next(), standing.Train)
+
+    def _report(self, report: Report) -> Instruction:
+        answer = self.session.report(report)
+        if isinstance(answer, Finish):
+            self.outlook.over = "the scheduler is done"
+        return answer
+
+
+def work(session: Session, job: JobSpec, work_dir: Path) -> None:
+    """Train one job to its end."""
+    Trainer(session, job, work_dir).run()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as a process; returns its exit code."""
+    return executor.run(work, "train", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
