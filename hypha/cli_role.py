@@ -108,10 +108,10 @@ def ask(role: Role, config: "NodeConfig", address: str, timeout_s: float) -> "He
     import trio
 
     from hypha.network.probe import probe
-    from hypha.pki import identity_of
+    from hypha.pki import load_identity
 
     async def patiently() -> "HealthReport":
-        return await probe(identity_of(config), address, timeout_s=timeout_s)
+        return await probe(load_identity(config), address, timeout_s=timeout_s)
 
     return trio.run(patiently)
 
@@ -196,11 +196,11 @@ def _probe_command(role: Role) -> Callable[..., None]:
 
 def _validate(role: Role, path: Path, overrides: list[str] | None) -> None:
     from hypha import telemetry
-    from hypha.pki import identity_of
+    from hypha.pki import load_identity
 
     config = role.read(path, overrides)
     telemetry.check(config)
-    identity = identity_of(config)
+    identity = load_identity(config)
     for warning in identity.warnings:
         typer.echo(f"{role.program}: warning: {warning}", err=True)
     typer.echo(f"{path}: valid for {role.name} {identity.subject} {identity.peer_id}")

@@ -19,7 +19,7 @@ from hypha import telemetry
 from hypha.cli_app import EXIT_FAILED
 from hypha.config import NodeConfig
 from hypha.errors import ConfigError, HyphaError
-from hypha.pki import identity_of
+from hypha.pki import load_identity
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Run = Callable[[Any], Coroutine[Any, Any, None]]
@@ -32,7 +32,7 @@ def run_role(program: str, run: Run, config: NodeConfig) -> None:
 
     Raises ConfigError; any other failure of the role is logged as an error and ends in SystemExit(1).
     """
-    warnings = identity_of(config).warnings
+    warnings = load_identity(config).warnings
     running = telemetry.start(program, config)
     try:
         for warning in warnings:

@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from hypha.config import NodeConfig, load_config
 from hypha.errors import ConfigError, HyphaError
-from hypha.pki import Identity, identity_of
+from hypha.pki import Identity, load_identity
 
 # py-libp2p is patched at start-up; the patches are tested against exactly this version.
 LIBP2P_VERSION = "0.8.1"
@@ -55,7 +55,7 @@ def run(config: Path | None = None, *, dial: bool = False) -> list[Finding]:
         return [*findings, Finding("configuration", "fail", str(error))]
     findings.append(Finding("configuration", "ok", str(config)))
     try:
-        identity = identity_of(node)
+        identity = load_identity(node)
     except ConfigError as error:
         return [*findings, Finding("certificates", "fail", str(error))]
     findings += _certificates(identity)

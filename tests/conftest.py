@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec import Struct
 
-from hypha.pki import Identity, Issued, identity_of, issue_crl, issue_node, issue_org, issue_root, save
+from hypha.pki import Identity, Issued, issue_crl, issue_node, issue_org, issue_root, load_identity, save
 
 
 class NodeFiles(Struct, frozen=True):
@@ -30,7 +30,7 @@ class NodeFiles(Struct, frozen=True):
 
     def identity(self) -> Identity:
         """Load and verify them."""
-        return identity_of(self)
+        return load_identity(self)
 
 
 class Pki:

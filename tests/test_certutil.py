@@ -8,6 +8,7 @@ import pytest
 
 from hypha.certutil import PROGRAM, app
 from hypha.cli_app import main
+from hypha.config import NodeConfig
 from hypha.errors import ConfigError
 from hypha.pki import Identity, load_identity
 
@@ -35,10 +36,9 @@ def certs(certutil, tmp_path) -> Path:
     return out
 
 
-def load(certs: Path, name: str = "w", **crls: Path) -> Identity:
-    return load_identity(
-        cert_pem=certs / f"{name}.pem", key_pem=certs / f"{name}-key.pem", trust_pem=certs / "trust.pem", **crls
-    )
+def load(certs: Path, name: str = "w", crls_pem: tuple[Path, ...] = ()) -> Identity:
+    pem, key, trust = (certs / file for file in (f"{name}.pem", f"{name}-key.pem", "trust.pem"))
+    return load_identity(NodeConfig(cert_pem=pem, key_pem=key, trust_pem=trust, crls_pem=crls_pem))
 
 
 def test_three_commands_make_a_node_that_starts_without_a_warning(certs):
@@ -99,10 +99,10 @@ def test_show_says_the_same_in_words(certs, certutil):
 
 def test_node_revoked_by_its_file_does_not_start(certs, certutil):
     certutil("crl", "--out", certs)
-    load(certs, crls_pem=certs / "crls.pem")
+    load(certs, crls_pem=(certs / "crls.pem",))
     certutil("crl", "--out", certs, "--revoke", certs / "w.pem")
     with pytest.raises(ConfigError, match="CN=w or its authority is revoked"):
-        load(certs, crls_pem=certs / "crls.pem")
+        load(certs, crls_pem=(certs / "crls.pem",))
 
 
 @pytest.mark.parametrize(("victim", "options"), [("w", []), ("org", ["--issuer", "root"])])
@@ -110,7 +110,7 @@ def test_node_is_revoked_by_serial_its_own_or_its_organisations(certs, certutil,
     serial = json.loads(certutil("show", certs / f"{victim}.pem", "--json").splitlines()[0])["serial"]
     certutil("crl", "--out", certs, "--revoke", serial, *options)
     with pytest.raises(ConfigError, match="revoked"):
-        load(certs, crls_pem=certs / "crls.pem")
+        load(certs, crls_pem=(certs / "crls.pem",))
 
 
 def test_revocations_accumulate_and_list_numbers_rise(certs, certutil):

@@ -14,7 +14,7 @@ from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.peer.id import ID
 
 from hypha.errors import ConfigError, RemoteProtocolError
-from hypha.pki import Identity, identity_of, issue_node, issue_org, issue_root, peer_of, save
+from hypha.pki import Identity, issue_node, issue_org, issue_root, load_identity, peer_of, save
 
 NOW = datetime.now(UTC)
 
@@ -49,7 +49,7 @@ def serial_of(identity: Identity) -> int:
 
 def refusal(files) -> str:
     with pytest.raises(ConfigError) as caught:
-        identity_of(files)
+        load_identity(files)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -18,7 +18,7 @@ from hypha.pki.authority import (
     issue_root,
     save,
 )
-from hypha.pki.identity import Identity, identity_of, load_identity
+from hypha.pki.identity import Identity, load_identity
 from hypha.pki.names import PeerIdentity, peer_id_of, peer_of
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "Identity",
     "Issued",
     "PeerIdentity",
-    "identity_of",
     "issue_crl",
     "issue_node",
     "issue_org",

@@ -226,48 +226,31 @@ class Identity:
         return f"`cert_pem`: {self.subject}: {said}"
 
 
-def load_identity(
-    *,
-    cert_pem: str | Path,
-    key_pem: str | Path,
-    trust_pem: str | Path,
-    crls_pem: str | Path | Sequence[str | Path] = (),
-) -> Identity:
-    """Load and verify a node's files. Raises ConfigError naming the configuration key and the file.
+def load_identity(config: CertificateKeys) -> Identity:
+    """Load and verify the files that a node's configuration names. Raises ConfigError naming key and file.
 
     What is unwise but works is in `Identity.warnings`, for the caller to log.
     """
-    certificates = pem.read_certificates("cert_pem", Path(cert_pem))
-    key = pem.read_key("key_pem", Path(key_pem))
-    trust = pem.read_certificates("trust_pem", Path(trust_pem))
+    certificates = pem.read_certificates("cert_pem", config.cert_pem)
+    key = pem.read_key("key_pem", config.key_pem)
+    trust = pem.read_certificates("trust_pem", config.trust_pem)
     trust.require_authorities()
     certificates.require_dates(datetime.now(UTC))
     try:
         me = node_identity(certificates.certificates[0])
     except ValueError as error:
-        raise ConfigError(f"`cert_pem`: {cert_pem}: {error}") from error
+        raise ConfigError(f"`cert_pem`: {config.cert_pem}: {error}") from error
     if key.public_key() != certificates.certificates[0].public_key():
-        raise ConfigError(f"`key_pem`: {key_pem} is not the key of `cert_pem` {cert_pem}")
-    several = (crls_pem,) if isinstance(crls_pem, str | Path) else crls_pem
+        raise ConfigError(f"`key_pem`: {config.key_pem} is not the key of `cert_pem` {config.cert_pem}")
     identity = Identity(
         key=key,
         chain=certificates.certificates,
         trust=trust,
-        crl_paths=tuple(Path(path) for path in several),
-        warnings=[*pem.permission_warnings(Path(key_pem)), *_expiry_warnings(me)],
+        crl_paths=config.crls_pem,
+        warnings=[*pem.permission_warnings(config.key_pem), *_expiry_warnings(me)],
     )
     identity.verify()
     return identity
-
-
-def identity_of(config: CertificateKeys) -> Identity:
-    """Load the identity that a node's configuration names; raises like `load_identity`."""
-    return load_identity(
-        cert_pem=config.cert_pem,
-        key_pem=config.key_pem,
-        trust_pem=config.trust_pem,
-        crls_pem=config.crls_pem,
-    )
 
 
 def _expiry_warnings(me: PeerIdentity) -> list[str]:
