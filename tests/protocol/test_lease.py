@@ -204,6 +204,20 @@ def test_a_clock_that_steps_back_revives_nothing(ledger):
     assert ledger.free(1) == CAPACITY
 
 
+def test_time_at_the_grantor_only_goes_forward(ledger):
+    granted(ledger, now=0)
+    ledger.renew("a", said(1), ttl_s=30, now=4)
+    assert ledger.renew("a", said(1), ttl_s=30, now=1).remaining_s == 30
+
+
+def test_an_overtaken_dispatch_does_not_reopen_the_door_to_old_renewals(ledger):
+    granted(ledger)
+    ledger.renew("a", said(1), ttl_s=30, now=0)
+    ledger.renew("a", said(5), ttl_s=30, now=0)
+    assert isinstance(ledger.dispatch("a", said(2), "job", now=0), Start)
+    assert not ledger.renew("a", said(5), ttl_s=30, now=1).extended
+
+
 def test_expiry_is_told_once_even_when_another_call_noticed_it(ledger):
     granted(ledger, "a", fence=1, now=0)
     granted(ledger, "b", fence=2, now=1)

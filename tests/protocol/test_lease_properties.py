@@ -5,7 +5,7 @@ of times, or never; old incarnations of a scheduler go on sending; process group
 """
 
 import hypothesis.strategies as st
-from hypothesis import assume, settings
+from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from msgspec import Struct
 
@@ -15,9 +15,11 @@ from hypha.protocol.resources import NOTHING, Resources
 
 CAPACITY = Resources(cpu=4, gpu=2)
 OFFER_TTL_S, TTL_S = 5.0, 30.0
+FORGED = 10_000
 SCHEDULERS = ("sched-1", "sched-2", "sched-3")
 RATES = st.floats(0.95, 1.05)
-PICK = st.integers(0, 10_000)
+PICK = st.integers(0, 99)
+TRANSIT = st.sampled_from([0.0, 0.01, 0.5, 4.0])
 
 
 class Said(Struct, frozen=True):
@@ -66,6 +68,19 @@ class LeaseHistory(RuleBasedStateMachine):
         """Whether that object belongs to the living incarnation of its scheduler."""
         return self.held[index].job_epoch == self.epoch[self.owner[index]]
 
+    def usable(self):
+        """Return the places of holders' objects that have not ended: old incarnations' too."""
+        for index, lease in enumerate(self.held):
+            lease.lapse(self.at(self.owner[index]))
+        return [index for index, lease in enumerate(self.held) if lease.state is not HolderState.ENDED]
+
+    def picked(self, pick):
+        usable = self.usable()
+        return usable[pick % len(usable)]
+
+    def begin_renewal(self, index):
+        self.say("renew", index, self.held[index].begin_attempt(self.at(self.owner[index])))
+
     def say(self, kind, index, attempt):
         lease = self.held[index]
         sender = Sender(peer=self.owner[index], fence=lease.fence, job_epoch=lease.job_epoch, attempt=attempt)
@@ -87,7 +102,7 @@ class LeaseHistory(RuleBasedStateMachine):
 
     # --- what can happen ---------------------------------------------------------------------------------------------
 
-    @rule(seconds=st.one_of(st.floats(0, 2), st.floats(0, 40)))
+    @rule(seconds=st.sampled_from([0.01, 0.5, 1.0, 3.0, 5.0, 10.0, 18.0, 27.5, 28.5, 31.0]))
     def time_passes(self, seconds):
         self.time += seconds
 
@@ -104,41 +119,53 @@ class LeaseHistory(RuleBasedStateMachine):
             self.extended_at[lease_id] = self.time
             self.hold(lease_id, scheduler, self.fence, wanted)
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.usable())
     @rule(pick=PICK)
     def renew(self, pick):
-        index = pick % len(self.held)
-        lease, now = self.held[index], self.at(self.owner[index])
-        lease.lapse(now)
-        assume(lease.state is not HolderState.ENDED)
-        self.say("renew", index, lease.begin_attempt(now))
+        self.begin_renewal(self.picked(pick))
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.usable())
+    @rule(pick=PICK, there=TRANSIT, back=TRANSIT, keep=st.booleans())
+    def renew_and_be_answered(self, pick, there, back, keep):
+        self.begin_renewal(self.picked(pick))
+        self.time += there
+        said = self.bag[-1] if keep else self.bag.pop()
+        self.worker_hears(said)
+        self.time += back
+        self.holder_hears(self.bag[-1] if keep else self.bag.pop())
+
+    @precondition(lambda self: self.usable())
     @rule(pick=PICK, jitter=st.floats(0, 0.99))
     def give_up_waiting(self, pick, jitter):
-        index = pick % len(self.held)
+        index = self.picked(pick)
         lease, now = self.held[index], self.at(self.owner[index])
         lease.unanswered(max(lease._sent_at, default=0), now, jitter)
-        assert lease.state is not HolderState.ACCEPTING or lease.renew_at >= now - TTL_S
+        assert lease.must_release or lease.state is not HolderState.ENDED
 
-    @precondition(lambda self: self.held)
-    @rule(pick=PICK, kind=st.sampled_from(["dispatch", "cancel", "release"]))
-    def ask(self, pick, kind):
-        index = pick % len(self.held)
-        lease = self.held[index]
-        if kind == "release":
-            lease.release("test")
-        else:
-            assume(lease.is_live(self.at(self.owner[index])))
-        self.say(kind, index, lease.next_attempt())
+    @precondition(lambda self: self.usable())
+    @rule(
+        pick=PICK, kind=st.sampled_from(["dispatch", "dispatch", "cancel"]), keep=st.booleans(), at_once=st.booleans()
+    )
+    def ask(self, pick, kind, keep, at_once):
+        index = self.picked(pick)
+        if self.held[index].is_live(self.at(self.owner[index])):
+            self.say(kind, index, self.held[index].next_attempt())
+            if at_once:
+                self.worker_hears(self.bag[-1] if keep else self.bag.pop())
+
+    @precondition(lambda self: self.usable())
+    @rule(pick=PICK, often=st.integers(0, 3))
+    def release(self, pick, often):
+        if often == 0:
+            index = self.picked(pick)
+            self.held[index].release("test")
+            self.say("release", index, self.held[index].next_attempt())
 
     @rule(scheduler=st.sampled_from(SCHEDULERS))
     def scheduler_restarts(self, scheduler):
         """A new epoch tries every lease it finds in its journal; the old incarnation's objects can still send."""
         mine = [lease for lease, owner in zip(self.held, self.owner, strict=True) if owner == scheduler]
         known = {lease.lease_id: lease for lease in mine}
-            lease.lease_id: lease for lease, owner in zip(self.held, self.owner, strict=True) if owner == scheduler
-        }
         self.epoch[scheduler] += 1
         for lease in known.values():
             if lease.state is not HolderState.ENDED:
@@ -153,6 +180,18 @@ class LeaseHistory(RuleBasedStateMachine):
             self.holder_hears(message)
         else:
             self.worker_hears(message)
+
+    @precondition(lambda self: self.delivered)
+    @rule(pick=PICK)
+    def deliver_again(self, pick):
+        self.worker_hears(self.delivered[-1 - pick % min(8, len(self.delivered))])
+
+    @precondition(lambda self: self.usable())
+    @rule(pick=PICK, kind=st.sampled_from(["renew", "dispatch", "cancel", "release"]), off=st.sampled_from([-1, 1]))
+    def another_fence_is_named(self, pick, kind, off):
+        lease, owner = self.held[self.picked(pick)], self.owner[self.picked(pick)]
+        sender = Sender(peer=owner, fence=lease.fence + off, job_epoch=self.epoch[owner], attempt=FORGED)
+        self.worker_hears(Said(kind, lease.lease_id, sender, 0))
 
     @precondition(lambda self: self.bag)
     @rule(pick=PICK)
@@ -193,7 +232,7 @@ class LeaseHistory(RuleBasedStateMachine):
                 self.extended_at[said.lease_id] = self.time
         if isinstance(answer, Start):
             self.running[said.lease_id] = answer.lease.resources
-        if said.kind == "renew":
+        if said.kind == "renew" and said.sender.attempt < FORGED:
             self.bag.append(Reply(said.by, said.sender.attempt, answer))
 
     def answer_of(self, said, now):
@@ -264,4 +303,4 @@ class LeaseHistory(RuleBasedStateMachine):
 
 
 TestLeaseHistory = LeaseHistory.TestCase
-TestLeaseHistory.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestLeaseHistory.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
