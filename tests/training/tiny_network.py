@@ -1,4 +1,4 @@
-"""A whole job in one process: a scheduler, a parameter server's worker and training workers, in ~200 lines, over FakeBridges.
+"""A whole job in one process: a scheduler, a parameter server's worker and training workers, over FakeBridges.
 
 Job(tmp, workers=2) ─▶ aggregate.work and train.work in threads, each behind its own real bridge
 what travels between machines is a copied file; what a scheduler decides is decided here, under one lock
@@ -17,7 +17,6 @@ from safetensors.numpy import save_file
 
 from hypha.protocol.bridge import (
     BaseFetched,
-    BaseReady,
     EvaluationDone,
     ExecutorFailed,
     FetchBase,
@@ -54,7 +53,6 @@ from hypha.protocol.job import (
     Rounds,
 )
 from hypha.protocol.messages import Interval
-
 from tests.training.fake_bridge import FakeBridge, Refusal
 
 WIDTH, CLASSES = 8, 4
@@ -214,18 +212,13 @@ class Job:
             case TrainProgress() if self.sync_after is not None:
                 return SyncAt(round=report.round, batches=self.sync_after)
             case Screened():
-                assert report.refusal is None
-                self.screened += 1
-                if self.screened == len(self.workers):
-                    self.merge()
+                self.judged(report)
             case MergeDone():
                 self.merged(report)
             case EvaluationDone():
                 self.evaluations[report.round] = report
             case ExecutorFailed() | MergeFailed():
                 self.failures.append(report.reason)
-            case BaseReady():
-                pass
         self.changed.notify_all()
         return None
 
@@ -247,6 +240,13 @@ class Job:
         )
         for machine in self.workers:
             machine.bridge.push(view)
+
+    def judged(self, report):
+        """The round closes when the last update was found sound."""
+        assert report.refusal is None
+        self.screened += 1
+        if self.screened == len(self.workers):
+            self.merge()
 
     def merge(self):
         self.close += 1
