@@ -104,6 +104,7 @@ def prepare(
     seed: Annotated[int, typer.Option(help="Shuffles the samples; same seed, same dataset.")] = 0,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Stop reading after so many bytes of text.")] = None,
     digest: Annotated[str, typer.Option(help="sha256 or blake3.")] = "sha256",
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json  [default: one token per byte]")] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -123,11 +124,13 @@ def prepare(
         max_bytes=max_bytes,
         digest=digest,
         force=force,
+        tokenizer=tokenizer,
     )
     if json:
         typer.echo(msgspec.json.encode(manifest))
     else:
-        typer.echo(f"{out}: {manifest.name}, {len(manifest.slices)} slices")
+        samples = sum(each.samples for each in manifest.slices)
+        typer.echo(f"{out}: dataset {manifest.name}, {len(manifest.slices)} slices, {samples} samples")
 
 
 @data_app.command()

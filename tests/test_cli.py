@@ -258,6 +258,35 @@ def test_every_role_has_the_common_commands_and_a_version(run, program):
     assert run(app=app)[1] == output
 
 
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+def test_text_becomes_a_dataset_that_verifies_until_a_slice_is_damaged(run, tmp_path):
+    (tmp_path / "text").mkdir()
+    for index in range(8):
+        (tmp_path / "text" / f"{index}.txt").write_text(f"line {index} of some text\n" * 200)
+    out = tmp_path / "dataset"
+    words = ("prepare", tmp_path / "text", "--out", out, "--sequence-length", 32, "--slice-bytes", 4096, "--json")
+    code, output, _ = run(*words, app=cli.data_app)
+    manifest = json.loads(output)
+    assert (code, manifest["name"]) == (0, "dataset")
+    assert {each["split"] for each in manifest["slices"]} == {"train", "held-out"}
+    assert run("verify", out, app=cli.data_app) == (0, f"{out}: sound\n", "")
+    damaged = next(out.glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    code, _, said = run("verify", out, app=cli.data_app)
+    assert code == 1
+    assert damaged.name in said
+    assert json.loads(run("verify", out, "--json", app=cli.data_app)[1])["faults"]
+
+
+def test_dataset_without_text_is_refused_with_exit_code_2(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, said = run("prepare", tmp_path / "empty", "--out", tmp_path / "d", app=cli.data_app)
+    assert (code, said.count("\n")) == (2, 1)
+    assert not (tmp_path / "d").exists()
+
+
 # --- doctor ----------------------------------------------------------------------------------------------------------
 
 
