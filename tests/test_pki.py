@@ -332,6 +332,16 @@ def test_existing_file_is_kept_unless_forced(tmp_path):
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"2")]
 
 
+def test_file_that_cannot_be_written_is_named_and_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot write .*/a: "):
+        save(tmp_path / "a", b"1", force=True)
+    (tmp_path / "b").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"cannot write .*/b/c: File exists"):
+        save(tmp_path / "b" / "c", b"1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_root_may_sign_organisations_and_organisations_only_nodes(pki):
     constraints = [
         issued.certificate.extensions.get_extension_for_class(x509.BasicConstraints)

@@ -131,13 +131,21 @@ def save(path: Path, data: bytes, *, private: bool = False, force: bool = False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A new file of mode 0600 from the first byte on, so a key is at no time readable by others.
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    temporary = Path(name)
+    try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             os.fchmod(file.fileno(), KEY_MODE if private else PUBLIC_MODE)
-        Path(temporary).replace(path)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _subject(name: str) -> x509.Name:
