@@ -132,7 +132,7 @@ class Aggregator:
             momentum=self.work_dir / self.state.momentum.path,
             shares=[
                 outer.Share(self.work_dir / one.file.path, one.samples, f"{one.peer_id}/{one.fence}")
-                for one in event.inputs
+                for one in sorted(event.inputs, key=lambda one: (one.peer_id, one.fence))
             ],
             outer=self.job.outer,
         )
