@@ -16,4 +16,6 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+# py-libp2p pulls in trio-typing, whose stubs describe a trio of 2021 and would hide trio's own types from mypy.
+rm -rf .venv/lib/python*/site-packages/trio-stubs
 touch .venv/.installed

@@ -4,18 +4,19 @@
     POST /resources/send       ├─▶ JobSession, one JSON object in, one out     (hypha.protocol.bridge)
     POST /status/send          ┘
     POST /resources/receive    ──▶ Server-Sent Events until the job ends
-    POST /telemetry/v1/{kind}  ──▶ OTLP protobuf, exported by this process
+    POST /telemetry?kind=…     ──▶ OTLP protobuf, exported by this process
 
 The app only translates; every rule lives in the session. Errors come back as a BridgeError with a reason.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 import trio
@@ -121,7 +122,7 @@ def build_app(session: JobSession) -> Starlette:
 
     async def telemetry(request: HttpRequest) -> Response:
         try:
-            await session.telemetry(request.path_params["kind"], await _body(request))
+            await session.telemetry(request.query_params.get("kind", ""), await _body(request))
         except HyphaError as error:
             return _failure(error)
         except msgspec.ValidationError as error:
@@ -134,7 +135,7 @@ def build_app(session: JobSession) -> Starlette:
             Route("/resources/send", _endpoint(Send, session.send), methods=["POST"]),
             Route("/resources/receive", receive, methods=["POST", "GET"]),
             Route("/status/send", _endpoint(Report, session.report), methods=["POST"]),
-            Route("/telemetry/v1/{kind}", telemetry, methods=["POST"]),
+            Route("/telemetry", telemetry, methods=["POST"]),
         ]
     )
 
@@ -159,12 +160,12 @@ async def serve_bridge(
         config.bind = [f"unix:{path}"]
         config.umask = 0o177
         config.accesslog = None
-        config.errorlog = None
+        config.errorlog = logging.getLogger("hypercorn.error")
         config.keep_alive_timeout = 3600.0
         config.graceful_timeout = 0.2
         async with trio.open_nursery() as nursery:
             await nursery.start(
-                partial(serve, build_app(session), config, shutdown_trigger=trio.sleep_forever, mode="asgi")
+                partial(serve, cast(Any, build_app(session)), config, shutdown_trigger=trio.sleep_forever, mode="asgi")
             )
             task_status.started(path)
         with suppress(FileNotFoundError):

@@ -27,11 +27,12 @@ from hypha.worker.aggregator import AggregateSession
 from hypha.worker.cache import SliceCache
 from hypha.worker.config import Config, ExecutorConfig
 from hypha.worker.process import Executor, Launch, Launcher
-from hypha.worker.session import JobContext, Session
+from hypha.worker.session import JobContext
 from hypha.worker.trainer import TrainSession
 
 log = get_logger("worker.jobs")
-S = TypeVar("S", bound=Session)
+AnySession = TrainSession | AggregateSession
+S = TypeVar("S", TrainSession, AggregateSession)
 
 # A job that was told to stop gets so long to finish its batch and exit before its process group is killed.
 STOP_GRACE_S = 10.0
@@ -49,7 +50,7 @@ class Outcome(Struct, frozen=True):
 class RunningJob:
     """One lease's job: its session, and the scope that ends it."""
 
-    def __init__(self, lease: HeldByUs, job: JobSpec, session: Session) -> None:
+    def __init__(self, lease: HeldByUs, job: JobSpec, session: AnySession) -> None:
         self.lease = lease
         self.job = job
         self.session = session
@@ -107,12 +108,13 @@ class Jobs:
             scheduler=lease.holder,
             lease_id=lease.lease_id,
             fence=lease.fence,
+            job_epoch=lease.job_epoch,
             directory=directory,
             transfers=self._config.transfers,
             cache=self._cache,
             stall_s=executor.stall_s,
         )
-        session = TrainSession(context) if job.work == "train" else AggregateSession(context)
+        session: AnySession = TrainSession(context) if job.work == "train" else AggregateSession(context)
         running = RunningJob(lease, job, session)
         self._running[lease.lease_id] = running
         self._nursery.start_soon(self._run, running, executor, directory)
@@ -136,7 +138,7 @@ class Jobs:
             raise Refused(f"no {kind.__name__} runs here under lease {lease_id}")
         return running.session
 
-    def sessions(self, job_id: str, scheduler: str | None = None) -> list[Session]:
+    def sessions(self, job_id: str, scheduler: str | None = None) -> list[AnySession]:
         """Return the sessions of one job, those of one scheduler where it is given; in the order of their leases."""
         return [
             running.session
@@ -207,7 +209,7 @@ class Jobs:
 
         status = JobStatus(
             job_id=running.job.job_id,
-            job_epoch=lease.job_epoch,
+            job_epoch=running.session.job_epoch,
             lease_id=lease.lease_id,
             fence=lease.fence,
             finished=outcome.finished,

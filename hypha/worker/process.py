@@ -194,7 +194,8 @@ def _write(path: Path, data: bytes) -> None:
 
 def _is_same(left: ProcessRecord) -> bool:
     with suppress(psutil.NoSuchProcess):
-        return abs(psutil.Process(left.pgid).create_time() - left.started) < 1.0
+        started: float = psutil.Process(left.pgid).create_time()
+        return abs(started - left.started) < 1.0
     # The leader is gone; whatever still carries its group id was started by it.
     return bool(group_members(left.pgid))
 

@@ -9,6 +9,7 @@ Network ──────────┤                                       
 
 import os
 from contextlib import ExitStack
+from typing import Any
 
 import trio
 
@@ -50,7 +51,7 @@ from hypha.worker.cache import SliceCache
 from hypha.worker.config import Config, executor_named
 from hypha.worker.environment import executor_environment
 from hypha.worker.fences import FenceKeeper
-from hypha.worker.jobs import Jobs, remove_leftovers
+from hypha.worker.jobs import AnySession, Jobs, remove_leftovers
 from hypha.worker.process import Launcher, ProcessLauncher
 from hypha.worker.trainer import TrainSession
 
@@ -173,25 +174,25 @@ class Worker:
 
     async def _round_view(self, peer: Peer, message: RoundView) -> Ack:
         for session in self._sessions(peer, message.job_id):
-            session.observe(message)
+            session.observe(message, peer.peer_id)
         return Ack()
 
     async def _committed(self, peer: Peer, message: Committed) -> Ack:
         for session in self._sessions(peer, message.job_id):
-            session.committed(message)
+            session.committed(message, peer.peer_id)
         return Ack()
 
-    def _sessions(self, peer: Peer, job_id: str) -> list[TrainSession | AggregateSession]:
+    def _sessions(self, peer: Peer, job_id: str) -> list[AnySession]:
         sessions = self.jobs.sessions(job_id, peer.peer_id)
         if not sessions:
             raise Refused(f"job {job_id} does not run here for {peer.peer_id}")
-        return sessions  # type: ignore[return-value]  # the two kinds there are
+        return sessions
 
     async def _close_round(self, peer: Peer, message: CloseRound) -> Merged | Merging:
         session = self.jobs.session(message.lease_id, AggregateSession)
         if session.context.scheduler != peer.peer_id:
             raise Refused(f"lease {message.lease_id} is not held by {peer.peer_id}")
-        return await session.close_round(message)
+        return await session.close_round(message, peer.peer_id)
 
     # --- streams --------------------------------------------------------------------------------------------------
 
@@ -225,7 +226,7 @@ class Worker:
         )
 
 
-def _sender(peer: Peer, message: LeaseMessage[object]) -> Sender:  # type: ignore[type-var]
+def _sender(peer: Peer, message: LeaseMessage[Any]) -> Sender:
     return Sender(peer=peer.peer_id, fence=message.fence, job_epoch=message.job_epoch, attempt=message.attempt)
 
 

@@ -7,14 +7,14 @@
 cancels it. It keeps a clock of what the executor owes, so that a silent one is found (`stall_s`).
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 from msgspec import Struct
 
-from hypha.errors import JobFailed, RemoteProtocolError
+from hypha.errors import JobFailed, Refused, RemoteProtocolError
 from hypha.network.fetch import Providers, fetch_slice
 from hypha.network.retry import Backoff, insist
 from hypha.network.seam import Network
@@ -31,7 +31,7 @@ from hypha.protocol.bridge import (
 )
 from hypha.protocol.job import JobSpec
 from hypha.protocol.messages import Committed, Message, Request, RoundView, SliceRef
-from hypha.protocol.views import ViewGuard
+from hypha.protocol.views import Verdict, ViewGuard
 from hypha.runtime import Runtime
 from hypha.telemetry import forward, get_logger, metrics
 from hypha.worker.cache import SliceCache
@@ -40,6 +40,7 @@ from hypha.worker.sources import fetch_source
 
 log = get_logger("worker.session")
 R = TypeVar("R", bound=Message)
+T = TypeVar("T")
 
 # A round makes a handful of events; an executor this far behind does not read at all.
 EVENTS_BUFFERED_MAX = 1024
@@ -54,6 +55,7 @@ class JobContext(Struct, frozen=True, kw_only=True):
     scheduler: str
     lease_id: str
     fence: int
+    job_epoch: int
     directory: Path
     transfers: TransferConfig
     cache: SliceCache
@@ -85,7 +87,7 @@ class Session:
 
     def __init__(self, context: JobContext) -> None:
         self.context = context
-        self.guard = ViewGuard()
+        self.guard = ViewGuard(context.job.job_id)
         self.owed = Owed(context.runtime)
         self.failure: str | None = None
         self.stopped = False
@@ -100,11 +102,25 @@ class Session:
         """The newest view seen."""
         return self.guard.view
 
-    def observe(self, view: RoundView) -> None:
-        """Take a view in; older ones than the newest are forgotten."""
-        if not self.guard.observe(view):
-            return
-        self.wake()
+    @property
+    def job_epoch(self) -> int:
+        """The newest job epoch known: the dispatch's, or that of a scheduler that adopted this lease since."""
+        return self.context.job_epoch if self.view is None else max(self.context.job_epoch, self.view.job_epoch)
+
+    def round_trace(self) -> str | None:
+        """The trace of the open round."""
+        return None if self.view is None else self.view.traceparent
+
+    def observe(self, view: RoundView, peer_id: str) -> None:
+        """Take in a view that `peer_id` sent. Raises Refused for a stale one; a known one changes nothing."""
+        observed = self.guard.observe(view, peer_id)
+        if observed.stale is not None:
+            raise Refused(observed.stale, "stale")
+        if observed.changed:
+            self.announce(view)
+
+    def announce(self, view: RoundView) -> None:
+        """Tell the executor, and everybody here who waits, of a new view."""
         me = self.context.lease_id
         self.emit(
             ViewChanged(
@@ -117,13 +133,13 @@ class Session:
                 traceparent=view.traceparent,
             )
         )
-        self.view_taken(view)
+        self.wake()
 
-    def view_taken(self, view: RoundView) -> None:
-        """Do what a new view asks of this kind of work."""
-
-    def committed(self, message: Committed) -> None:
-        """Pass on that a round is durable."""
+    def committed(self, message: Committed, peer_id: str) -> None:
+        """Pass on that a round is durable. Raises Refused when `peer_id` is not the scheduler of the epoch."""
+        verdict = self.guard.check_scheduler(message.job_epoch, peer_id)
+        if verdict is not None:
+            raise refusal(verdict)
         self.emit(RoundCommitted(round=message.round, digest=message.digest, traceparent=message.traceparent))
 
     def wake(self) -> None:
@@ -240,6 +256,14 @@ class Session:
             still_wanted=still_wanted,
         )
 
+    async def waiting(self, answer: Awaitable[T]) -> T:
+        """Await something on the executor's behalf: it owes us nothing meanwhile."""
+        self.owed.ours()
+        try:
+            return await answer
+        finally:
+            self.owed.theirs()
+
     async def watch(self) -> None:
         """Raise JobFailed when the executor gave up or owes us a word for longer than `stall_s`."""
         stall_s = self.context.stall_s
@@ -255,6 +279,11 @@ class Session:
     def gave_up(self, report: ExecutorFailed) -> None:
         """Note an executor's own word that it fails."""
         self.fail(report.reason)
+
+
+def refusal(verdict: Verdict) -> Refused:
+    """Return a rule's no as what travels back to the sender."""
+    return Refused(verdict.reason, "retry" if verdict.retry else "refused")
 
 
 def confined(directory: Path, relative: str) -> Path:

@@ -9,6 +9,7 @@ The executor's reports are answered from what is known here; they travel to the 
 """
 
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -30,6 +31,7 @@ from hypha.protocol.messages import (
     PushUpdate,
     Ready,
     Rebase,
+    Request,
     RoundView,
     SliceGrant,
     SliceRequest,
@@ -37,12 +39,10 @@ from hypha.protocol.messages import (
     UpdateRefused,
 )
 from hypha.telemetry import extracted, get_logger, inject, metrics, span
-from hypha.worker.session import JobContext, Session
+from hypha.worker.outbox import Outbox
+from hypha.worker.session import JobContext, Session, refusal
 
 log = get_logger("worker.trainer")
-
-# Progress is forwarded when it changes, at most so often: the forecast needs no more, and WAN links are not free.
-PROGRESS_INTERVAL_S = 0.25
 
 
 class TrainSession(Session):
@@ -51,28 +51,21 @@ class TrainSession(Session):
     def __init__(self, context: JobContext) -> None:
         super().__init__(context)
         self._instruction: bridge.Instruction = bridge.GoOn()
-        self._progress: Progress | None = None
-        self._progress_new = trio.Event()
-        self._ready: Ready | None = None
+        self._outbox = Outbox(context.scheduler, self.insist, answered=self._answered)
         self._received: tuple[int, int, str] | None = None  # (round, close, digest) of the newest outer update
 
     async def run(self) -> None:
         """Send what the executor reports, until cancelled. Raises JobFailed when the executor has failed."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.watch)
-            nursery.start_soon(self._forward_progress)
-            nursery.start_soon(self._forward_ready)
+            nursery.start_soon(self._outbox.run)
 
     # --- fetch ----------------------------------------------------------------------------------------------------
 
     async def fetch(self, request: bridge.Fetch) -> bridge.Fetched:
         """Answer the executor's wish for a file; it owes us nothing while it waits."""
-        self.owed.ours()
-        try:
-            with extracted(request.traceparent or self._round_trace()), span(type(request).__name__):
-                return await self._fetch(request)
-        finally:
-            self.owed.theirs()
+        with extracted(request.traceparent or self.round_trace()), span(type(request).__name__):
+            return await self.waiting(self._fetch(request))
 
     async def _fetch(self, request: bridge.Fetch) -> bridge.Fetched:
         match request:
@@ -86,9 +79,6 @@ class TrainSession(Session):
                 return await self.fetch_held_out(request)
             case bridge.FetchResume():
                 raise RemoteProtocolError("a training executor has no resume point: it fetches the base")
-
-    def _round_trace(self) -> str | None:
-        return self.view.traceparent if self.view is not None else None
 
     async def _fetch_base(self) -> bridge.BaseFetched:
         """Fetch the newest view's base from one of its servers, starting over when the view moves on."""
@@ -166,7 +156,7 @@ class TrainSession(Session):
         """Push an update to every parameter server; retried until they answer or the round has moved on."""
         self.owed.ours()
         started = self.context.runtime.now()
-        with extracted(request.traceparent or self._round_trace()), span("push_update", round=request.round) as pushing:
+        with extracted(request.traceparent or self.round_trace()), span("push_update", round=request.round) as pushing:
             answer = await self._push(request)
             pushing.set(answer=type(answer).__name__)
         metrics.GRADIENT_TRANSMISSION_TIME.record(self.context.runtime.now() - started)
@@ -264,7 +254,7 @@ class TrainSession(Session):
         view = self.view
         if view is None:
             raise LocalProtocolError("progress before there was a view")
-        self._progress = Progress(
+        progress = Progress(
             job_id=view.job_id,
             job_epoch=view.job_epoch,
             round=report.round,
@@ -276,13 +266,13 @@ class TrainSession(Session):
             batch_s=report.batch_s,
             loss=report.loss,
         )
-        self._progress_new.set()
+        self._outbox.put("progress", progress)
 
     def _note_ready(self, report: bridge.BaseReady) -> None:
         view = self.view
         if view is None:
             raise LocalProtocolError("ready before there was a view")
-        self._ready = Ready(
+        ready = Ready(
             job_id=view.job_id,
             job_epoch=view.job_epoch,
             round=report.round - 1,
@@ -290,35 +280,13 @@ class TrainSession(Session):
             fence=self.context.fence,
             digest=report.digest,
         )
-        self.wake()
+        self._outbox.put("ready", ready)
 
-    async def _forward_progress(self) -> None:
-        while True:
-            await self._progress_new.wait()
-            self._progress_new = trio.Event()
-            sent = self._progress
-            assert sent is not None
-            try:
-                answer = await self.insist(self.context.scheduler, sent, lambda sent=sent: sent is self._progress)
-            except Refused as refusal:
-                log.debug("Progress refused", round=sent.round, reason=str(refusal))
-                continue
-            if isinstance(answer, SyncAfter):
-                self._instruction = bridge.SyncAt(round=answer.round, batches=answer.batches)
-            elif isinstance(answer, Done):
-                self.stop("the scheduler says that the job is done")
-            await self.context.runtime.sleep(PROGRESS_INTERVAL_S)
-
-    async def _forward_ready(self) -> None:
-        sent: Ready | None = None
-        while True:
-            await self.until(lambda sent=sent: self._ready is not sent)
-            sent = self._ready
-            assert sent is not None
-            try:
-                await self.insist(self.context.scheduler, sent, lambda sent=sent: sent is self._ready)
-            except Refused as refusal:
-                log.info("Ready refused", round=sent.round, reason=str(refusal))
+    def _answered(self, message: Request[Any], answer: Message) -> None:
+        if isinstance(answer, SyncAfter):
+            self._instruction = bridge.SyncAt(round=answer.round, batches=answer.batches)
+        elif isinstance(answer, Done):
+            self.stop("the scheduler says that the job is done")
 
     # --- outer updates --------------------------------------------------------------------------------------------
 
@@ -339,24 +307,22 @@ class TrainSession(Session):
             )
             if self._received != key:
                 self._received = key
-                self._hand_over(header, path)
+                self._hand_over(header, path.name)
         await stream.send_message(Accepted(digest=header.digest))
 
     def _judge(self, peer_id: str, header: OuterUpdate) -> None:
+        verdict = self.guard.check_server(job_epoch=header.job_epoch, view=header.view, peer_id=peer_id)
+        if verdict is not None:
+            raise refusal(verdict)
         view = self.view
-        if view is None or header.view > view.view:
-            raise Refused("the view of this update has not arrived here yet", "retry")
-        if header.job_epoch != view.job_epoch:
-            raise Refused(f"job epoch {header.job_epoch} is not the newest seen, {view.job_epoch}")
-        if peer_id not in {server.peer_id for server in view.servers}:
-            raise Refused(f"{peer_id} is no parameter server of view {view.view}")
+        assert view is not None, "judged above"
         leads_to_base = header.round == view.round - 1 and header.model_digest == view.base_digest
         starts_at_base = header.round == view.round and header.base_digest == view.base_digest
         if not (leads_to_base or starts_at_base):
             raise Refused(f"outer step {header.round} does not belong to view {view.view} of round {view.round}")
 
-    def _hand_over(self, header: OuterUpdate, path: Path) -> None:
-        file = bridge.FileRef(path=path.name, bytes=header.bytes, digest=header.digest)
+    def _hand_over(self, header: OuterUpdate, name: str) -> None:
+        file = bridge.FileRef(path=name, bytes=header.bytes, digest=header.digest)
         self.owed.theirs()
         self.emit(
             bridge.UpdateArrived(

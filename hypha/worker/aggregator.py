@@ -1,0 +1,380 @@
+"""A parameter server as its worker sees it: `protocol.collect` decides, the executor computes, this moves the bytes.
+
+workers ── PushUpdate ──▶ spool ── Screen ──▶ executor ── Screened ──▶ held ── Collected ──▶ scheduler
+scheduler ── CloseRound ──▶ Merge ──▶ executor ── MergeDone ──▶ Merged ──▶ scheduler
+                                                      └── OuterUpdate ──▶ every member and follower
+anyone in the job ── FetchModel ──▶ model, momentum, record, update by digest
+"""
+
+from pathlib import Path
+
+import trio
+
+from hypha.errors import LocalProtocolError, PeerUnreachable, Refused, RemoteProtocolError
+from hypha.network.artifacts import fetch_artifact, serve_artifact
+from hypha.network.seam import Stream
+from hypha.network.transfer import receive_file
+from hypha.protocol import bridge
+from hypha.protocol.collect import Collector, MergePlan, Screening, Take
+from hypha.protocol.messages import (
+    Accepted,
+    CloseRound,
+    Committed,
+    Contribution,
+    Evaluated,
+    FetchModel,
+    Member,
+    Merged,
+    Merging,
+    Message,
+    PushUpdate,
+    Ready,
+    Rebase,
+    RoundView,
+    UpdateRefused,
+)
+from hypha.protocol.views import Verdict
+from hypha.telemetry import extracted, get_logger, inject, span
+from hypha.worker.broadcast import Broadcast
+from hypha.worker.outbox import Outbox
+from hypha.worker.session import JobContext, Session, refusal
+
+log = get_logger("worker.aggregator")
+
+# A Close is answered Merging after this long, so that no request outlives its sender's patience.
+MERGE_ANSWER_S = 5.0
+SPOOL = "spool"
+
+
+class AggregateSession(Session):
+    """The worker's half of one aggregate executor."""
+
+    def __init__(self, context: JobContext) -> None:
+        super().__init__(context)
+        self._collector: Collector | None = None
+        self._pending_view: tuple[RoundView, str] | None = None
+        self._spooled: dict[tuple[str, int, str], Path] = {}
+        self._screenings: dict[int, str | None] = {}  # refusals by ticket, once the executor has judged
+        self._plans: dict[tuple[int, int], str] = {}  # base digest by (round, close) of the merges under way
+        self._artifacts: dict[str, tuple[int, bridge.FileRef]] = {}  # what can be served: digest → (round, file)
+        self._outbox = Outbox(context.scheduler, self.insist)
+        self._broadcast = Broadcast(self)
+
+    async def run(self) -> None:
+        """Keep the scheduler informed and send what is merged, until cancelled or failed."""
+        await self.context.runtime.run_blocking(_make_spool, self.context.directory / SPOOL)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.watch)
+            nursery.start_soon(self._outbox.run)
+            nursery.start_soon(self._broadcast.run)
+
+    # --- views and commits ----------------------------------------------------------------------------------------
+
+    def observe(self, view: RoundView, peer_id: str) -> None:
+        """Take a view in; before the initial state exists it is kept for later."""
+        if self._collector is None:
+            self._pending_view = (view, peer_id)
+            return
+        taken = self._collector.observe(view, peer_id)
+        if taken.stale is not None:
+            raise Refused(taken.stale, "stale")
+        if not taken.changed:
+            return
+        self._forget(taken.drop)
+        if taken.unservable is not None:
+            self.fail(taken.unservable)
+        self.guard.observe(view, peer_id)
+        self.announce(view)
+        self._collected_changed()
+
+    def _collected_changed(self) -> None:
+        collected = self._collector.collected() if self._collector is not None else None
+        if collected is not None:
+            self._outbox.put("collected", collected)
+
+    def committed(self, message: Committed, peer_id: str) -> None:
+        """A round is durable: forget what could undo it."""
+        if self._collector is None:
+            raise Refused("the initial state is not here yet", "retry")
+        gone = self._collector.committed(message, peer_id)
+        if isinstance(gone, Verdict):
+            raise refusal(gone)
+        self._forget(gone)
+        for digest in [d for d, (held_round, _) in self._artifacts.items() if held_round < message.round]:
+            del self._artifacts[digest]
+        self._plans = {key: base for key, base in self._plans.items() if key[0] > message.round}
+        super().committed(message, peer_id)
+
+    def _forget(self, contributions: tuple[Contribution, ...]) -> None:
+        for gone in contributions:
+            path = self._spooled.pop((gone.peer_id, gone.fence, gone.digest), None)
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+    # --- pushes ---------------------------------------------------------------------------------------------------
+
+    async def receive_push(self, stream: Stream, header: PushUpdate) -> None:
+        """Judge, spool, screen and answer one update."""
+        if self._collector is None:
+            raise Refused("the initial state is not here yet", "retry")
+        answer: Message | Take | Verdict = self._collector.offer(header, stream.peer.peer_id)
+        if isinstance(answer, Take):
+            answer = await self._take(self._collector, stream, header, answer.ticket)
+        if isinstance(answer, Verdict):
+            if answer.retry:
+                raise refusal(answer)
+            self._noterefusal(header, answer.reason)
+            answer = UpdateRefused(reason=answer.reason)
+        assert isinstance(answer, Accepted | Rebase | UpdateRefused)
+        await stream.send_message(answer)
+
+    async def _take(
+        self, collector: Collector, stream: Stream, header: PushUpdate, ticket: int
+    ) -> Accepted | Rebase | Verdict:
+        contribution = header.contribution
+        path = self.context.directory / SPOOL / f"{ticket}.safetensors"
+        try:
+            await receive_file(
+                stream,
+                path,
+                size=contribution.bytes,
+                digest=contribution.digest,
+                algorithm="sha256",
+                offset=0,
+                runtime=self.context.runtime,
+            )
+            judged = collector.landed(ticket)
+            if isinstance(judged, Screening):
+                file = bridge.FileRef(path=f"{SPOOL}/{path.name}", bytes=contribution.bytes, digest=contribution.digest)
+                judged = collector.screened(ticket, await self._screen(ticket, header.round, file))
+        except BaseException:
+            collector.lost(ticket)
+            path.unlink(missing_ok=True)
+            path.with_name(path.name + ".part").unlink(missing_ok=True)
+            raise
+        if isinstance(judged, Accepted):
+            self._spooled[contribution.peer_id, contribution.fence, contribution.digest] = path
+            self._collected_changed()
+        else:
+            path.unlink(missing_ok=True)
+        return judged
+
+    async def _screen(self, ticket: int, round_pushed: int, file: bridge.FileRef) -> str | None:
+        self.owed.theirs()
+        self.emit(bridge.Screen(ticket=ticket, round=round_pushed, file=file, traceparent=inject()))
+        await self.until(lambda: ticket in self._screenings)
+        return self._screenings.pop(ticket)
+
+    def _noterefusal(self, header: PushUpdate, reason: str) -> None:
+        log.warn("Update refused", worker=header.contribution.peer_id, round=header.round, reason=reason)
+
+    # --- closing --------------------------------------------------------------------------------------------------
+
+    async def close_round(self, request: CloseRound, peer_id: str) -> Merged | Merging:
+        """Merge what the scheduler names; answered Merging when it takes longer than MERGE_ANSWER_S."""
+        answer = self._close(request, peer_id)
+        with trio.move_on_after(MERGE_ANSWER_S):
+            while isinstance(answer, Merging):
+                await self.changed()
+                answer = self._close(request, peer_id)
+        return answer
+
+    def _close(self, request: CloseRound, peer_id: str) -> Merged | Merging:
+        if self._collector is None:
+            raise Refused("the initial state is not here yet", "retry")
+        answer = self._collector.close(request, peer_id)
+        if isinstance(answer, MergePlan):
+            self._merge(answer)
+            return Merging(round=request.round, close=request.close)
+        if isinstance(answer, Verdict):
+            raise refusal(answer)
+        return answer
+
+    def _merge(self, plan: MergePlan) -> None:
+        self._forget(plan.drop)
+        self._plans[plan.round, plan.close] = plan.base_digest
+        inputs = tuple(
+            bridge.MergeInput(peer_id=c.peer_id, fence=c.fence, samples=c.samples, file=self._spool_file(c))
+            for c in plan.inputs
+        )
+        self.owed.theirs()
+        self.emit(
+            bridge.Merge(
+                round=plan.round,
+                close=plan.close,
+                base_digest=plan.base_digest,
+                inputs=inputs,
+                traceparent=inject(),
+            )
+        )
+
+    def _spool_file(self, contribution: Contribution) -> bridge.FileRef:
+        path = self._spooled[contribution.peer_id, contribution.fence, contribution.digest]
+        return bridge.FileRef(path=f"{SPOOL}/{path.name}", bytes=contribution.bytes, digest=contribution.digest)
+
+    # --- what is held ---------------------------------------------------------------------------------------------
+
+    async def serve_model(self, stream: Stream, header: FetchModel) -> None:
+        """Send a file of this job's to whoever works on it."""
+        peer_id, view = stream.peer.peer_id, self.view
+        working = () if view is None else (*view.members, *view.followers, *view.servers)
+        if peer_id != self.context.scheduler and all(peer_id != lease.peer_id for lease in working):
+            raise Refused(f"{peer_id} does not work on this job as far as is known here", "retry")
+        held = self._artifacts.get(header.digest)
+        if held is None:
+            raise Refused(f"{header.part} {header.digest[:12]} of round {header.round} is not held here", "retry")
+        _, file = held
+        path = self.file(file.path)
+        await serve_artifact(stream, header, path, size=file.bytes, runtime=self.context.runtime)
+
+    # --- the executor ---------------------------------------------------------------------------------------------
+
+    async def fetch(self, request: bridge.Fetch) -> bridge.Fetched:
+        """Answer the executor's wish for a file."""
+        with extracted(request.traceparent or self.round_trace()), span(type(request).__name__):
+            match request:
+                case bridge.FetchSource():
+                    return await self.waiting(self.fetch_source(request))
+                case bridge.FetchResume():
+                    return await self.waiting(self._fetch_resume())
+                case bridge.FetchHeldOut():
+                    # From the evaluating thread: the main one owes what it owes.
+                    return await self.fetch_held_out(request)
+                case _:
+                    raise RemoteProtocolError(f"an aggregate executor does not fetch {type(request).__name__}")
+
+    async def _fetch_resume(self) -> bridge.ResumeFetched:
+        resume = self.context.job.resume
+        if resume is None:
+            raise RemoteProtocolError("this job starts from the beginning: there is no resume point")
+        wanted = [("model", resume.round, resume.model_digest), ("momentum", resume.round, resume.momentum_digest)]
+        wanted += [("record", resume.round + 1 + n, digest) for n, digest in enumerate(resume.records)]
+        files = [await self._from_store(part, made_in, digest) for part, made_in, digest in wanted]
+        return bridge.ResumeFetched(round=resume.round, model=files[0], momentum=files[1], records=tuple(files[2:]))
+
+    async def _from_store(self, part: str, made_in: int, digest: str) -> bridge.FileRef:
+        context = self.context
+        path = context.directory / f"resume-{part}-{made_in}.safetensors"
+        wanted = FetchModel(
+            job_id=context.job.job_id, job_epoch=self.job_epoch, part=part, round=made_in, digest=digest
+        )
+        backoff = self.backoff()
+        while True:
+            try:
+                size = await fetch_artifact(
+                    context.network,
+                    context.scheduler,
+                    wanted,
+                    path,
+                    runtime=context.runtime,
+                    patience_s=context.transfers.stall_s,
+                )
+            except (PeerUnreachable, RemoteProtocolError) as error:
+                log.info("State not fetched yet", part=part, round=made_in, reason=str(error))
+                await backoff.wait()
+                continue
+            return bridge.FileRef(path=path.name, bytes=size, digest=digest)
+
+    async def send(self, request: bridge.Send) -> bridge.Sent:
+        """Refuse: a parameter server pushes nothing."""
+        raise RemoteProtocolError(f"an aggregate executor does not send {type(request).__name__}")
+
+    async def report(self, report: bridge.Report) -> bridge.Instruction:
+        """Take note of an answer."""
+        self.owed.ours()
+        match report:
+            case bridge.StateReady():
+                self._state_ready(report)
+            case bridge.Screened():
+                self._screenings[report.ticket] = report.refusal
+            case bridge.MergeDone():
+                self._merge_done(report)
+            case bridge.MergeFailed():
+                self._merge_failed(report)
+            case bridge.EvaluationDone():
+                self._evaluation_done(report)
+            case bridge.ExecutorFailed():
+                self.gave_up(report)
+            case _:
+                raise RemoteProtocolError(f"an aggregate executor does not report {type(report).__name__}")
+        self.wake()
+        return bridge.Finish() if self.stopped else bridge.GoOn()
+
+    def _state_ready(self, report: bridge.StateReady) -> None:
+        if self._collector is not None:
+            raise LocalProtocolError("the initial state was ready before")
+        self._hold(report.round, report.model, report.momentum)
+        self._collector = Collector(
+            self.context.job.job_id, self.me, round=report.round, model_digest=report.model.digest
+        )
+        ready = Ready(
+            job_id=self.context.job.job_id,
+            job_epoch=self.job_epoch,
+            round=report.round,
+            lease_id=self.context.lease_id,
+            fence=self.context.fence,
+            digest=report.model.digest,
+            momentum_digest=report.momentum.digest,
+        )
+        self._outbox.put("ready", ready)
+        if self._pending_view is not None:
+            self.observe(*self._pending_view)
+            self._pending_view = None
+
+    @property
+    def me(self) -> Member:
+        """This server's own lease."""
+        context = self.context
+        return Member(peer_id=context.network.peer_id, fence=context.fence, lease_id=context.lease_id)
+
+    def _hold(self, made_in: int, *files: bridge.FileRef) -> None:
+        for file in files:
+            self.file(file.path)
+            self._artifacts[file.digest] = (made_in, file)
+
+    def _merge_done(self, report: bridge.MergeDone) -> None:
+        assert self._collector is not None
+        base_digest = self._plans.pop((report.round, report.close), None)
+        if base_digest is None:
+            raise RemoteProtocolError(f"close {report.close} of round {report.round} was not asked for")
+        merged = Merged(
+            round=report.round,
+            close=report.close,
+            base_digest=base_digest,
+            model_digest=report.model.digest,
+            momentum_digest=report.momentum.digest,
+            record_digest=report.record.digest,
+            update_digest=report.update.digest,
+            model_bytes=report.model.bytes,
+            momentum_bytes=report.momentum.bytes,
+            record_bytes=report.record.bytes,
+            update_bytes=report.update.bytes,
+            update_norm=report.update_norm,
+        )
+        if self._collector.merge_done(merged):
+            self._hold(report.round, report.model, report.momentum, report.record, report.update)
+            self._broadcast.announce(merged, self.file(report.update.path), report.traceparent or self.round_trace())
+            self._collected_changed()
+
+    def _merge_failed(self, report: bridge.MergeFailed) -> None:
+        assert self._collector is not None
+        self._plans.pop((report.round, report.close), None)
+        log.warn("Merge failed", round=report.round, close=report.close, reason=report.reason)
+        self._collector.merge_failed(report.round, report.close, report.reason)
+
+    def _evaluation_done(self, report: bridge.EvaluationDone) -> None:
+        evaluated = Evaluated(
+            job_id=self.context.job.job_id,
+            job_epoch=self.job_epoch,
+            round=report.round,
+            lease_id=self.context.lease_id,
+            fence=self.context.fence,
+            digest=report.digest,
+            loss=report.loss,
+            samples=report.samples,
+        )
+        self._outbox.put(f"evaluated {report.round}", evaluated)
+
+
+def _make_spool(path: Path) -> None:
+    path.mkdir(exist_ok=True)

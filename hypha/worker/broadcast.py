@@ -1,0 +1,122 @@
+"""Outer updates from a parameter server to everybody who trains: the same bytes to each, retried until taken.
+
+    announce(Merged) ─▶ for each member and follower of the newest view ─▶ OuterUpdate stream ─▶ Accepted
+                                 └── broken, or "retry": again, while the update still leads to the view's base
+
+A view that adds a follower adds a recipient. A later Close of the round, or a view two rounds on, ends the sending.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError
+from hypha.network.retry import Backoff
+from hypha.network.transfer import send_file
+from hypha.protocol.messages import Accepted, Member, Merged, OuterUpdate, RoundView
+from hypha.telemetry import get_logger, inject, span_from
+from hypha.worker.session import JobContext
+
+log = get_logger("worker.broadcast")
+
+
+class Sending(Protocol):
+    """What a broadcast needs of its session."""
+
+    context: JobContext
+
+    @property
+    def view(self) -> RoundView | None:
+        """The newest view."""
+
+    def backoff(self) -> Backoff:
+        """Fresh waits."""
+
+    async def changed(self) -> None:
+        """Wait for the next change."""
+
+
+class Broadcast:
+    """Sends the newest merge's update; `run` owns the tasks."""
+
+    def __init__(self, session: Sending) -> None:
+        self._session = session
+        self._merged: Merged | None = None
+        self._path: Path | None = None
+        self._trace: str | None = None
+        self._limiter = trio.CapacityLimiter(session.context.transfers.at_once)
+
+    def announce(self, merged: Merged, path: Path, traceparent: str | None) -> None:
+        """Send this from now on, and nothing older; whoever calls it wakes the session."""
+        self._merged, self._path, self._trace = merged, path, traceparent
+
+    async def run(self) -> None:
+        """Start one task for each recipient and merge, until cancelled."""
+        begun: set[tuple[str, int, int]] = set()
+        async with trio.open_nursery() as nursery:
+            while True:
+                merged, view = self._merged, self._session.view
+                if merged is not None and view is not None:
+                    # Keys of other merges are of no use any more: they cannot come back under the same number.
+                    begun = {key for key in begun if key[1:] == (merged.round, merged.close)}
+                    for target in (*view.members, *view.followers):
+                        key = (target.lease_id, merged.round, merged.close)
+                        if key not in begun:
+                            begun.add(key)
+                            nursery.start_soon(self._send, merged, target)
+                await self._session.changed()
+
+    def _wanted(self, merged: Merged, target: Member) -> bool:
+        view = self._session.view
+        if merged is not self._merged or view is None or view.round not in (merged.round, merged.round + 1):
+            return False
+        return target in view.members or target in view.followers
+
+    async def _send(self, merged: Merged, target: Member) -> None:
+        backoff = self._session.backoff()
+        with span_from(self._trace, "outer_update", round=merged.round, worker=target.peer_id):
+            while self._wanted(merged, target):
+                try:
+                    async with self._limiter:
+                        await self._attempt(merged, target)
+                except PeerUnreachable as error:
+                    log.info("Outer update not delivered yet", worker=target.peer_id, reason=str(error))
+                except Refused as refusal:
+                    if refusal.code not in ("retry", "busy"):
+                        log.info("Outer update refused", worker=target.peer_id, reason=str(refusal))
+                        return
+                except RemoteProtocolError as error:
+                    log.warn("Outer update not taken", worker=target.peer_id, reason=str(error))
+                else:
+                    return
+                await backoff.wait()
+
+    async def _attempt(self, merged: Merged, target: Member) -> None:
+        context, view, path = self._session.context, self._session.view, self._path
+        assert view is not None
+        assert path is not None
+        header = OuterUpdate(
+            job_id=view.job_id,
+            job_epoch=view.job_epoch,
+            view=view.view,
+            round=merged.round,
+            lease_id=target.lease_id,
+            close=merged.close,
+            base_digest=merged.base_digest,
+            model_digest=merged.model_digest,
+            digest=merged.update_digest,
+            bytes=merged.update_bytes,
+            traceparent=inject(),
+        )
+        with trio.move_on_after(context.transfers.stall_s) as patience:
+            stream = await context.network.open_stream(target.peer_id, header)
+            try:
+                patience.deadline = float("inf")  # the transport finds a transfer that stands still
+                await send_file(stream, path, offset=0, length=merged.update_bytes, runtime=context.runtime)
+                await stream.send_eof()
+                await stream.receive_message(Accepted)
+            finally:
+                await stream.aclose()
+            return
+        raise PeerUnreachable(f"{target.peer_id} did not take the update within {context.transfers.stall_s:g} s")
