@@ -36,6 +36,10 @@ SignedAddresses = Annotated[bytes, Meta(max_length=8192)]
 # A contribution is a handful of grants; the bound keeps a Collected of many contributions inside one message.
 INTERVALS_PER_CONTRIBUTION_MAX = 1024
 MEMBERS_MAX = 4096
+# Kinds of workers one job asks for: two today, a shard or a machine type each tomorrow.
+ASKS_MAX = 16
+# Per lease-hour, in whatever the network counts; finite, so that prices compare and add.
+PRICE_MAX = 1e12
 
 
 class Message(Struct, frozen=True, tag=True, kw_only=True):
@@ -72,7 +76,7 @@ class Ask(Struct, frozen=True, kw_only=True):
     executor: Name
     resources: Resources
     count: Annotated[int, Meta(ge=1, le=MEMBERS_MAX)]
-    bid: Annotated[float, Meta(gt=0)]
+    bid: Annotated[float, Meta(gt=0, le=PRICE_MAX)]
 
 
 class TaskAdvertisement(Message, frozen=True, kw_only=True):
@@ -83,20 +87,29 @@ class TaskAdvertisement(Message, frozen=True, kw_only=True):
     addresses: SignedAddresses
     job_id: Name
     job_epoch: Count
-    asks: Annotated[tuple[Ask, ...], Meta(min_length=1, max_length=16)]
+    asks: Annotated[tuple[Ask, ...], Meta(min_length=1, max_length=ASKS_MAX)]
     welcome_s: Seconds
     fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0
 
 
+class Choice(Struct, frozen=True, kw_only=True):
+    """One ask of the advertisement, by its place in `asks`, that the offered lease could serve, and at what price."""
+
+    ask: Annotated[int, Meta(ge=0, lt=ASKS_MAX)]
+    price: Annotated[float, Meta(ge=0, le=PRICE_MAX)]
+
+
 class WorkerOffer(Request[Ack], frozen=True, kw_only=True):
-    """A temporary lease, already held for the scheduler; unless renewed it lapses after `ttl_s`."""
+    """A temporary lease, already held for the scheduler; unless renewed it lapses after `ttl_s`.
+
+    It names every ask it could serve and holds enough for any one of them; the scheduler picks which by what it
+    dispatches. Prices are per lease-hour.
+    """
 
     advertisement_id: Name
-    work: Name
-    executor: Name
+    choices: Annotated[tuple[Choice, ...], Meta(min_length=1, max_length=ASKS_MAX)]
     lease_id: Name
     fence: Count
-    price: Annotated[float, Meta(ge=0)]
     resources: Resources
     ttl_s: Seconds
     addresses: SignedAddresses
