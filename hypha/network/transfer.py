@@ -130,7 +130,8 @@ class Part:
             have = os.fstat(self._descriptor).st_size
             if have < offset:
                 raise StoreError(f"{self._part} holds {have} bytes, not the {offset} to go on from")
-            os.ftruncate(self._descriptor, offset)
+            if have > offset:
+                os.ftruncate(self._descriptor, offset)
 
     def read_again(self, offset: int) -> None:
         """Take the next chunk of what was there before into the digest."""
