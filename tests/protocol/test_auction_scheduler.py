@@ -90,6 +90,7 @@ def test_too_few_are_told_in_numbers_with_the_best_refused_offer():
         sale.offer(offer({0: 100}), peer=peer, now=0)
     assert sale.offer(offer({0: 150}), peer="d", now=0) == "price 150 is more than we pay"
     assert sale.offer(offer({0: 140}), peer="e", now=0) == "price 140 is more than we pay"
+    assert sale.offer(offer({0: 160}), peer="f", now=0) == "price 160 is more than we pay"
     assert isinstance(sale.decide(1.99), Waiting)
     closed = sale.decide(2.0)
     assert won(closed) == [("a", 0), ("b", 0), ("c", 0)]
@@ -159,6 +160,21 @@ def test_a_repeated_offer_changes_nothing_a_newer_one_replaces():
     closed = sale.decide(2)
     assert [(winner.offer.lease_id, winner.price) for winner in closed.winners] == [("l2", 80)]
     assert lost(closed) == [("a", "replaced by a newer offer of the same worker")]
+
+
+def test_replacing_an_offer_does_not_start_the_50_ms_again():
+    sale = auction(want(count=1))
+    sale.offer(offer({0: 100}, lease_id="l1", fence=1), peer="a", now=0)
+    sale.offer(offer({0: 100}, lease_id="l2", fence=2), peer="a", now=0.03)
+    assert won(sale.decide(0.05)) == [("a", 0)]
+
+
+def test_an_offer_that_could_do_either_does_what_it_is_cheaper_for():
+    sale = auction(want(count=1), want("aggregate", count=1))
+    sale.offer(offer({0: 100, 1: 60}), peer="a", now=0)
+    closed = sale.decide(2)
+    assert won(closed) == [("a", 1)]
+    assert closed.winners[0].price == 60
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,8 @@ def test_profit_comes_first_then_a_good_fit_then_preferred_schedulers():
     assert [name for name, _, _ in plans(low, high)] == ["b", "a"]
     small, big = asking("a", 50, cpu=1), asking("b", 50, cpu=2)
     assert [name for name, _, _ in plans(small, big)] == ["b", "a"]
+    a_little_more, much_fuller = asking("a", 1001, cpu=1), asking("b", 1000, cpu=4)
+    assert [name for name, _, _ in plans(a_little_more, much_fuller)] == ["b"]
     stranger, friend = asking("a", 50, cpu=1), asking("b", 50, scheduler="sched-2", cpu=1)
     assert [name for name, _, _ in plans(stranger, friend)] == ["a", "b"]
     assert [name for name, _, _ in plans(stranger, friend, preferred_schedulers=("sched-2",))] == ["b", "a"]
