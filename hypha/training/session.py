@@ -55,6 +55,7 @@ class Session:
 
     def __init__(self, socket_path: Path, *, on_lost: Callable[[], None] = lambda: None) -> None:
         """`on_lost` is called from the reader thread when the event stream ends before `close`."""
+        self._path = socket_path
         transport = httpx.HTTPTransport(uds=str(socket_path), limits=httpx.Limits(max_connections=CONNECTIONS_MAX))
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         self._http = httpx.Client(transport=transport, base_url="http://worker", timeout=timeout, trust_env=False)
@@ -69,8 +70,13 @@ class Session:
 
     def __enter__(self) -> "Session":
         """Subscribe to events first, so that none is missed. Raises BridgeClosed."""
+        if not self._path.is_socket():  # httpcore would leak the descriptor it could not connect
+            raise BridgeClosed(f"bridge: {self._path} is not a socket")
         self._reader.start()
         self._subscribed.wait()
+        if self._stream_socket is None:
+            self._http.close()
+            raise BridgeClosed(self._fault)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -150,8 +156,6 @@ class Session:
     # --- plumbing ---
 
     def _call(self, path: str, message: BridgeMessage, kind: Any, *, timeout_s: float | None = None) -> Any:  # noqa: ANN401 - a Struct or a union of them
-        if self._gone.is_set():
-            raise BridgeClosed(self._fault)
         response = self._post(path, msgspec.json.encode(message), "application/json", timeout_s)
         try:
             if response.status_code < 400:
@@ -164,6 +168,8 @@ class Session:
     def _post(
         self, path: str, body: bytes, content_type: str, timeout_s: float | None, params: dict[str, str] | None = None
     ) -> httpx.Response:
+        if self._gone.is_set():
+            raise BridgeClosed(self._fault)
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         try:
             return self._http.post(

@@ -1,64 +1,235 @@
-"""A whole job over real bridges: two training executors and a parameter server learn, and agree to the last bit."""
+"""Whole jobs over real bridges: calm ones, and the ones in which something happens between rounds."""
 
-import threading
+import shutil
+from typing import ClassVar
 
-from hypha.protocol.bridge import BaseReady
-from hypha.training import aggregate, tensors, train
-from hypha.training.session import Session
-from tests.training.tiny_network import Job
+import numpy as np
+from safetensors.numpy import load_file, save_file
 
-JOIN_S = 60
-
-
-class Executor(threading.Thread):
-    """One executor's `work` in a thread, behind its own session."""
-
-    def __init__(self, job, machine, kind):
-        super().__init__(name=machine.name, daemon=True)
-        self.job, self.machine, self.kind = job, machine, kind
-        self.error = None
-
-    def run(self):
-        spec = train.executor.load_job(self.job.write_job(self.machine, self.kind.__name__.rsplit(".", 1)[-1]))
-        try:
-            with Session(self.machine.socket) as session:
-                self.kind.work(session, spec, self.machine.dir)
-        except Exception as error:
-            self.error = error
-            raise
+from hypha.protocol.bridge import BaseReady, NoSamples, ResumeFetched, SendUpdate, TrainProgress
+from hypha.protocol.job import ResumePoint, Rounds
+from hypha.training import tensors
+from tests.training.running import finish, start_server, start_workers, wait
+from tests.training.tiny_network import Job, job_spec, ref
 
 
-def start_all(job):
-    """The parameter server first: its initial weights come from the process-wide generator."""
-    server = Executor(job, job.server, aggregate)
-    server.start()
-    with job.lock:
-        assert job.changed.wait_for(lambda: job.base is not None, JOIN_S)
-    workers = [Executor(job, machine, train) for machine in job.workers]
-    for worker in workers:
-        worker.start()
-    return server, workers
+def stood_on(machine):
+    return [(report.round, report.digest) for report in machine.reports if isinstance(report, BaseReady)]
 
 
-def finish(job, server, workers, evaluations):
-    for worker in workers:
-        worker.join(JOIN_S)
-        assert not worker.is_alive()
-    job.stop_server_after(evaluations)
-    server.join(JOIN_S)
-    assert not server.is_alive()
-    assert [one.error for one in [server, *workers]] == [None] * (1 + len(workers))
-    assert job.failures == []
+def outcome(done):
+    return (done.round + 1, done.model.digest)
 
 
 def test_two_workers_and_a_parameter_server_learn_and_agree_to_the_last_bit(tmp_path):
     with Job(tmp_path, workers=2, sync_after=4) as job:
-        server, workers = start_all(job)
-        finish(job, server, workers, {0, 3})
+        server, workers = start_server(job), start_workers(job)
+        finish(job, server, workers, evaluations={0, 3})
         assert [done.round for done in job.rounds] == [1, 2, 3]
         assert job.evaluations[3].loss < 0.7 * job.evaluations[0].loss
-        model = tensors.Reader(job.server.dir / job.rounds[-1].model.path)
         for machine in job.workers:
-            stood = [(report.round, report.digest) for report in machine.reports if isinstance(report, BaseReady)]
-            assert stood[1:3] == [(done.round + 1, done.model.digest) for done in job.rounds[:2]]
-        assert model.names == ["layers.0.bias", "layers.0.weight", "layers.2.bias", "layers.2.weight"]
+            assert stood_on(machine)[1:3] == [outcome(done) for done in job.rounds[:2]]
+
+
+def test_the_same_job_gives_the_same_bits_again(tmp_path):
+    digests = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        with Job(tmp_path / str(number), workers=1, sync_after=4) as job:
+            server, workers = start_server(job), start_workers(job)
+            finish(job, server, workers)
+            digests.append([done.model.digest for done in job.rounds])
+    assert digests[0] == digests[1]
+    assert len(digests[0]) == 3
+
+
+def test_contributions_name_exactly_the_samples_trained_on(tmp_path):
+    class Recorded(Job):
+        sent: ClassVar[list[SendUpdate]] = []
+
+        def send(self, machine, update):
+            self.sent.append(update)
+            return super().send(machine, update)
+
+    with Recorded(tmp_path, workers=1, sync_after=3) as job:
+        finish(job, start_server(job), start_workers(job))
+        assert [update.samples for update in job.sent] == [24, 24, 24]
+        assert all(sum(one.samples for one in update.intervals) == 24 for update in job.sent)
+        rows = [row for update in job.sent for one in update.intervals for row in range(one.start, one.stop)]
+        assert len(rows) == len(set(rows))
+        assert all(np.isfinite(update.loss) and update.loss > 0 for update in job.sent)
+
+
+def test_progress_counts_from_the_rounds_start(tmp_path):
+    with Job(tmp_path, workers=1, sync_after=2) as job:
+        finish(job, start_server(job), start_workers(job))
+        said = [report for report in job.workers[0].reports if isinstance(report, TrainProgress)]
+        assert [(one.round, one.batches, one.samples) for one in said] == [
+            (round_, batches, 8 * batches) for round_ in (1, 2, 3) for batches in (1, 2)
+        ]
+        assert all(one.batch_s > 0 for one in said)
+
+
+def test_without_instruction_a_worker_contributes_once_the_round_has_all_its_samples(tmp_path):
+    with Job(tmp_path, workers=1) as job:
+        finish(job, start_server(job), start_workers(job))
+        last = [report for report in job.workers[0].reports if isinstance(report, TrainProgress)][-1]
+        assert (last.round, last.samples) == (3, 64)
+
+
+def test_a_worker_without_samples_contributes_nothing_and_keeps_up(tmp_path):
+    class Starving(Job):
+        def grant(self, machine, round_, wanted):
+            return NoSamples(round=round_) if machine.name == "worker-1" else super().grant(machine, round_, wanted)
+
+        def merge(self):
+            self.empty = tensors.Reader(self.server.dir / self.held["worker-1"][1].path)
+            super().merge()
+
+    with Starving(tmp_path, workers=2, sync_after=2) as job:
+        finish(job, start_server(job), start_workers(job))
+        assert all(not job.empty.read(name).any() for name in job.empty.names) or not job.empty.path.exists()
+        assert stood_on(job.workers[1])[1:3] == [outcome(done) for done in job.rounds[:2]]
+
+
+def test_a_close_that_was_lost_is_undone_and_the_update_sent_again(tmp_path):
+    class Lossy(Job):
+        """The outcome of round 2's first close reaches the workers, and is lost before it is committed."""
+
+        lost = None
+        opened_again = False
+        sent: ClassVar[list[tuple[str, SendUpdate]]] = []
+
+        def send(self, machine, update):
+            if update.round == 2:
+                self.sent.append((machine.name, update))
+            return super().send(machine, update)
+
+        def merged(self, done):
+            if done.round != 2 or self.lost is not None:
+                return super().merged(done)
+            self.deliver(done)
+            self.lost = done
+            return None
+
+        def report(self, machine, report):
+            answer = super().report(machine, report)
+            if self.lost and not self.opened_again:
+                self.opened_again = all(outcome(self.lost) in stood_on(one) for one in self.workers)
+                if self.opened_again:
+                    self.open_round(2, self.base)  # a new view with the old base; the held updates are forgotten
+            return answer
+
+    with Lossy(tmp_path, workers=2, sync_after=4) as job:
+        finish(job, start_server(job), start_workers(job))
+        assert [done.round for done in job.rounds] == [1, 2, 3]
+        assert job.rounds[1].model.digest == job.lost.model.digest
+        assert job.rounds[1].close > job.lost.close
+        for name in ("worker-0", "worker-1"):
+            first, again = [update for sender, update in job.sent if sender == name]
+            assert (first.file, first.intervals) == (again.file, again.intervals)
+
+
+def test_an_update_that_is_damaged_is_replaced_by_the_whole_model(tmp_path):
+    class Damaging(Job):
+        def deliver(self, done):
+            if done.round == 1:
+                path = self.server.dir / done.update.path
+                values = load_file(path)
+                save_file({name: value + 1 for name, value in values.items()}, path)
+            super().deliver(done)
+
+    with Damaging(tmp_path, workers=1, sync_after=2) as job:
+        finish(job, start_server(job), start_workers(job))
+        assert outcome(job.rounds[0]) in stood_on(job.workers[0])
+        assert [done.round for done in job.rounds] == [1, 2, 3]
+
+
+def test_a_round_closed_without_a_worker_is_followed_by_it(tmp_path):
+    class Hasty(Job):
+        """Round 1 closes when worker-0 has contributed; worker-1 never hears that it should."""
+
+        def report(self, machine, report):
+            if machine.name == "worker-1" and isinstance(report, TrainProgress) and report.round == 1:
+                return None
+            return super().report(machine, report)
+
+        def grant(self, machine, round_, wanted):
+            return super().grant(machine, round_, min(wanted, 8) if machine.name == "worker-1" else wanted)
+
+        def judged(self, report):
+            self.screened += 1
+            if self.screened == (1 if self.round == 1 else 2):
+                self.merge()
+
+        def send(self, machine, update):
+            if machine.name == "worker-1" and update.round == 1:
+                wait_done = self.changed.wait_for(lambda: self.round > 1, 30)
+                assert wait_done
+            return super().send(machine, update)
+
+    with Hasty(tmp_path, workers=2, sync_after=2) as job:
+        finish(job, start_server(job), start_workers(job))
+        assert [done.round for done in job.rounds] == [1, 2, 3]
+        assert stood_on(job.workers[1])[-1] == stood_on(job.workers[0])[-1]
+
+
+def test_a_late_joiner_stands_on_the_newest_base_and_contributes(tmp_path):
+    class Growing(Job):
+        def judged(self, report):
+            self.screened += 1
+            if self.screened == (1 if self.round == 1 else 2):
+                self.merge()
+
+    with Growing(tmp_path, workers=2, sync_after=2) as job:
+        server, early = start_server(job), start_workers(job, job.workers[:1])
+        wait(job, lambda: job.round == 2)
+        late = start_workers(job, job.workers[1:])
+        finish(job, server, [*early, *late])
+        assert stood_on(job.workers[1])[0] == outcome(job.rounds[0])
+        assert [done.round for done in job.rounds] == [1, 2, 3]
+
+
+def test_a_server_that_resumes_replays_records_to_the_same_bits(tmp_path):
+    class Keeping(Job):
+        """Everything a store would have kept."""
+
+        def report(self, machine, report):
+            for name in ("model", "momentum", "record"):
+                if hasattr(report, name):
+                    shutil.copyfile(machine.dir / getattr(report, name).path, self.root / f"{name}-{report.round}")
+            return super().report(machine, report)
+
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    with Keeping(tmp_path / "first", workers=1, sync_after=4) as first:
+        finish(first, start_server(first), start_workers(first))
+    zeros = "0" * 64
+    point = ResumePoint(round=0, model_digest=zeros, momentum_digest=zeros)
+    rounds = Rounds(updates=3, samples_between_updates=64, max_batch_size=8)
+    with Job(tmp_path / "second", job_spec(resume=point, rounds=rounds), workers=1) as second:
+
+        def bring(name):
+            shutil.copyfile(first.root / name, second.server.dir / name)
+            return ref(second.server.dir / name, second.server.dir)
+
+        second.resume = ResumeFetched(
+            round=0,
+            model=bring("model-0"),
+            momentum=bring("momentum-0"),
+            records=(bring("record-1"), bring("record-2")),
+        )
+        server = start_server(second)
+        assert second.round == 3
+        assert second.base.digest == first.rounds[1].model.digest
+        finish(second, server, [])
+
+
+def test_files_of_committed_rounds_are_removed(tmp_path):
+    with Job(tmp_path, workers=2, sync_after=2) as job:
+        finish(job, start_server(job), start_workers(job), evaluations={3})
+        at_server = {path.name for path in job.server.dir.glob("*-*.safetensors")}
+        assert {name for name in at_server if "-3-" not in name} == set()
+        at_worker = {path.name for path in job.workers[0].dir.glob("*.safetensors")}
+        gone = ("update-1", "inner-1", "base-1", "arrived-1", "arrived-2")
+        assert {name for name in at_worker if name.startswith(gone)} == set()

@@ -21,6 +21,7 @@ from hypha.protocol.bridge import (
     ExecutorFailed,
     FetchBase,
     FetchHeldOut,
+    FetchResume,
     FetchSamples,
     FileRef,
     GoOn,
@@ -150,6 +151,7 @@ class Job:
         self.rounds = []  # MergeDone of every committed round
         self.evaluations = {}
         self.failures = []
+        self.resume = None  # ResumeFetched, for jobs that begin at one
         self.stack = ExitStack()
 
     def __enter__(self):
@@ -179,6 +181,8 @@ class Job:
                 return BaseFetched(round=self.round, file=file)
             case FetchSamples(round=round_, wanted=wanted):
                 return self.grant(machine, round_, wanted)
+            case FetchResume():
+                return self.resume
             case FetchHeldOut():
                 machine.bring(self.held_out, "held.safetensors")
                 return HeldOutFetched(paths=("held.safetensors",))
@@ -282,8 +286,5 @@ class Job:
         self.commit(done)
         self.open_round(done.round + 1, done.model)
 
-    def stop_server_after(self, evaluations):
-        """Wait until these rounds are evaluated, then stop the parameter server."""
-        with self.lock:
-            assert self.changed.wait_for(lambda: evaluations <= self.evaluations.keys() or self.failures, 60)
+    def stop_server(self):
         self.server.bridge.push(Stop(reason="done"))
