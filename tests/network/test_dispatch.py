@@ -48,6 +48,7 @@ class Wire(MessageFraming):
         self.peer = PEER
         self.sent = bytearray()
         self.ends: list[str] = []
+        self.taken = 0
         self._incoming = incoming
         self._piece = piece
         self._endless = endless
@@ -59,6 +60,7 @@ class Wire(MessageFraming):
         size = min(bytes_max, self._piece)
         if self._endless and not self._incoming:
             await trio.lowlevel.checkpoint()
+            self.taken += size
             return bytes(size)
         taken, self._incoming = self._incoming[:size], self._incoming[size:]
         return taken
@@ -302,7 +304,7 @@ async def test_a_stream_that_breaks_under_its_handler_is_nobodys_bug(caplog):
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-async def test_a_peer_that_never_stops_sending_is_swallowed_only_so_far():
+async def test_a_peer_that_never_stops_sending_is_swallowed_only_so_far(autojump_clock):
     async def refuse(_stream, _header):
         raise Refused("too late")
 
@@ -311,6 +313,7 @@ async def test_a_peer_that_never_stops_sending_is_swallowed_only_so_far():
     await dispatcher.handle_stream(wire)
     assert wire.said() == Failure(code="refused", reason="too late")
     assert wire.ends == ["eof", "closed"]
+    assert wire.taken == dispatch.LINGER_BYTES_MAX
 
 
 @given(st.lists(st.integers(0, 200), max_size=5), st.integers(1, 64))
@@ -330,6 +333,13 @@ async def test_an_end_between_frames_is_clean_and_inside_one_is_not():
     for cut in range(1, 7):
         with pytest.raises(RemoteProtocolError, match="ended"):
             await receive_frame(Wire(framed(b"abc")[:cut]))
+
+
+async def test_a_frame_beyond_the_limit_is_refused_before_any_of_it_is_read():
+    wire = Wire((101).to_bytes(4, "big") + bytes(101))
+    with pytest.raises(RemoteProtocolError, match="101 bytes; the limit is 100"):
+        await receive_frame(wire, bytes_max=100)
+    assert len(await wire.receive_some(1000)) == 101
 
 
 # --- topics ----------------------------------------------------------------------------------------------------------

@@ -106,6 +106,18 @@ async def test_a_one_way_partition_lets_requests_through_and_no_answers(autojump
         assert await asked(a, "b", 2) == 2
 
 
+async def test_a_partition_takes_what_is_under_way(autojump_clock):
+    fabric, calls = MemoryFabric(6, FaultProfile(latency_s=1.0)), []
+    async with fabric.node("a") as a, fabric.node("b") as b, trio.open_nursery() as nursery:
+        b.serve(type(status()), counting(calls))
+        nursery.start_soon(asked, a, "b", 1)
+        await trio.sleep(0.5)
+        fabric.partition("a", "b")
+        await trio.sleep(1)
+        fabric.heal()
+    assert calls == []
+
+
 async def test_healing_may_name_whom(autojump_clock):
     fabric = MemoryFabric(6, FaultProfile(break_after_s=3.0))
     async with fabric.node("a") as a, fabric.node("b") as b, fabric.node("c") as c:
@@ -214,6 +226,28 @@ async def test_a_stopped_node_answers_when_it_runs_again(autojump_clock):
         fabric.go("b")
         await trio.sleep(1)
         assert calls == ["x"]
+
+
+async def test_a_stopped_node_can_be_killed_and_runs_when_started_again(autojump_clock):
+    fabric, ended_at = MemoryFabric(12), []
+
+    async def live():
+        async with fabric.node("a") as a:
+            while True:
+                await a.find_providers("nobody's", wanted=1)
+        ended_at.append(trio.current_time() - started)
+
+    started = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(live)
+        await trio.sleep(1)
+        fabric.stop("a")
+        await trio.sleep(10)
+        fabric.crash("a")
+    assert ended_at == [pytest.approx(11)]
+    async with fabric.node("a") as a, fabric.node("b") as b:
+        b.serve(type(status()), ack)
+        assert await a.request("b", status()) == Ack()
 
 
 async def test_a_stopped_node_does_not_notice_its_own_timeouts_until_it_runs_again(autojump_clock):
