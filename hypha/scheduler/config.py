@@ -72,7 +72,7 @@ class DatasetConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class CheckpointConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Model and momentum are stored every `every` rounds and at the end; the last `keep` stay, and each `keep_every`th."""
+    """Model and momentum are stored every `every` rounds and at the end; the last `keep` stay, and `keep_every`ths."""
 
     every: Annotated[int, Meta(ge=1)] = 10
     keep: Annotated[int, Meta(ge=1)] = 3

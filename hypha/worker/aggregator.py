@@ -36,7 +36,6 @@ from hypha.protocol.messages import (
 from hypha.protocol.views import Verdict
 from hypha.telemetry import extracted, get_logger, inject, span
 from hypha.worker.broadcast import Broadcast
-from hypha.worker.outbox import Outbox
 from hypha.worker.session import JobContext, Session, refusal
 
 log = get_logger("worker.aggregator")
@@ -57,7 +56,6 @@ class AggregateSession(Session):
         self._screenings: dict[int, str | None] = {}  # refusals by ticket, once the executor has judged
         self._plans: dict[tuple[int, int], str] = {}  # base digest by (round, close) of the merges under way
         self._artifacts: dict[str, tuple[int, bridge.FileRef]] = {}  # what can be served: digest → (round, file)
-        self._outbox = Outbox(context.scheduler, self.insist)
         self._broadcast = Broadcast(self)
 
     async def run(self) -> None:
@@ -65,7 +63,7 @@ class AggregateSession(Session):
         await self.context.runtime.run_blocking(_make_spool, self.context.directory / SPOOL)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.watch)
-            nursery.start_soon(self._outbox.run)
+            nursery.start_soon(self.outbox.run)
             nursery.start_soon(self._broadcast.run)
 
     # --- views and commits ----------------------------------------------------------------------------------------
@@ -90,7 +88,7 @@ class AggregateSession(Session):
     def _collected_changed(self) -> None:
         collected = self._collector.collected() if self._collector is not None else None
         if collected is not None:
-            self._outbox.put("collected", collected)
+            self.tell("collected", collected)
 
     def committed(self, message: Committed, peer_id: str) -> None:
         """A round is durable: forget what could undo it."""
@@ -316,7 +314,7 @@ class AggregateSession(Session):
             digest=report.model.digest,
             momentum_digest=report.momentum.digest,
         )
-        self._outbox.put("ready", ready)
+        self.tell("ready", ready)
         if self._pending_view is not None:
             self.observe(*self._pending_view)
             self._pending_view = None
@@ -373,7 +371,7 @@ class AggregateSession(Session):
             loss=report.loss,
             samples=report.samples,
         )
-        self._outbox.put(f"evaluated {report.round}", evaluated)
+        self.tell(f"evaluated {report.round}", evaluated)
 
 
 def _make_spool(path: Path) -> None:

@@ -191,7 +191,8 @@ class Jobs:
         except* HyphaError as errors:
             problem = "; ".join(_words(errors))
         lines = process.last_lines() if process is not None else ()
-        if problem is None and code == 0 and session.stopped:
+        over = session.stopped or (session.view is not None and session.view.final)
+        if problem is None and code == 0 and over:
             return Outcome(finished=True, reason="finished")
         return Outcome(finished=False, reason=problem or session.failure or _exit_words(code), last_lines=lines)
 

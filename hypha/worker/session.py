@@ -9,13 +9,14 @@ cancels it. It keeps a clock of what the executor owes, so that a silent one is 
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 from msgspec import Struct
 
 from hypha.errors import JobFailed, Refused, RemoteProtocolError
 from hypha.network.fetch import Providers, fetch_slice
+from hypha.network.outbox import Outbox
 from hypha.network.retry import Backoff, insist
 from hypha.network.seam import Network
 from hypha.protocol.bridge import (
@@ -93,6 +94,12 @@ class Session:
         self.stopped = False
         self._events_in, self._events_out = trio.open_memory_channel[Event](EVENTS_BUFFERED_MAX)
         self._changed = trio.Event()
+        self.outbox = Outbox(
+            context.network,
+            backoff=self.backoff,
+            patience_s=context.transfers.stall_s,
+            answered=self.answered,
+        )
         self._providers = Providers(context.network, context.runtime, context.job.dataset.name)
 
     # --- from the network -----------------------------------------------------------------------------------------
@@ -122,6 +129,8 @@ class Session:
     def announce(self, view: RoundView) -> None:
         """Tell the executor, and everybody here who waits, of a new view."""
         me = self.context.lease_id
+        for server, addresses in zip(view.servers, view.server_addresses, strict=False):
+            self.context.network.learn(server.peer_id, addresses)
         self.emit(
             ViewChanged(
                 view=view.view,
@@ -155,6 +164,15 @@ class Session:
         """Wait until `ready()`; it is asked again after each change."""
         while not ready():
             await self.changed()
+
+    # --- to the scheduler -----------------------------------------------------------------------------------------
+
+    def tell(self, key: str, message: Request[Any]) -> None:
+        """Send the scheduler this, until it answers or something newer is told under the same key."""
+        self.outbox.put(self.context.scheduler, key, message)
+
+    def answered(self, _peer_id: str, _message: Request[Any], _answer: Message) -> None:
+        """Take the scheduler's answer to what it was told."""
 
     # --- to the executor ------------------------------------------------------------------------------------------
 

@@ -39,7 +39,6 @@ from hypha.protocol.messages import (
     UpdateRefused,
 )
 from hypha.telemetry import extracted, get_logger, inject, metrics, span
-from hypha.worker.outbox import Outbox
 from hypha.worker.session import JobContext, Session, refusal
 
 log = get_logger("worker.trainer")
@@ -51,14 +50,13 @@ class TrainSession(Session):
     def __init__(self, context: JobContext) -> None:
         super().__init__(context)
         self._instruction: bridge.Instruction = bridge.GoOn()
-        self._outbox = Outbox(context.scheduler, self.insist, answered=self._answered)
         self._received: tuple[int, int, str] | None = None  # (round, close, digest) of the newest outer update
 
     async def run(self) -> None:
         """Send what the executor reports, until cancelled. Raises JobFailed when the executor has failed."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.watch)
-            nursery.start_soon(self._outbox.run)
+            nursery.start_soon(self.outbox.run)
 
     # --- fetch ----------------------------------------------------------------------------------------------------
 
@@ -266,7 +264,7 @@ class TrainSession(Session):
             batch_s=report.batch_s,
             loss=report.loss,
         )
-        self._outbox.put("progress", progress)
+        self.tell("progress", progress)
 
     def _note_ready(self, report: bridge.BaseReady) -> None:
         view = self.view
@@ -280,9 +278,10 @@ class TrainSession(Session):
             fence=self.context.fence,
             digest=report.digest,
         )
-        self._outbox.put("ready", ready)
+        self.tell("ready", ready)
 
-    def _answered(self, message: Request[Any], answer: Message) -> None:
+    def answered(self, _peer_id: str, _message: Request[Any], answer: Message) -> None:
+        """Keep the newest instruction for the executor."""
         if isinstance(answer, SyncAfter):
             self._instruction = bridge.SyncAt(round=answer.round, batches=answer.batches)
         elif isinstance(answer, Done):

@@ -1,0 +1,152 @@
+"""Making outer steps durable, off the critical path: workers train on while this runs (design §8.4 to §8.6).
+
+    Outcome(r) ─▶ fetch record ─▶ store it under its digest ─▶ chain entry r ─▶ committed
+                  every N rounds and at the end: model and momentum, too, before the entry
+    the servers of r all gone before its record was here ─▶ lost: the round opens again
+
+A store that cannot be written is tried again for as long as it takes; training waits at the end of the next round.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from msgspec import Struct
+
+from hypha.errors import PeerUnreachable, RemoteProtocolError, StoreError
+from hypha.network.artifacts import fetch_artifact
+from hypha.network.retry import Backoff
+from hypha.network.seam import Network
+from hypha.protocol.closing import Outcome
+from hypha.protocol.messages import FetchModel, Member, Merged
+from hypha.runtime import Runtime
+from hypha.scheduler.config import CheckpointConfig
+from hypha.scheduler.store import Deposed, JobStore
+from hypha.telemetry import ChangeLogger, get_logger, span
+
+log = get_logger("scheduler.committer")
+
+STORE_BACKOFF_S = 0.5
+STORE_BACKOFF_MAX_S = 15.0
+
+
+class Wanted(Struct, frozen=True, kw_only=True):
+    """One file of a round: its part, digest and the round that made it."""
+
+    part: str
+    round: int
+    digest: str
+
+
+class Committer:
+    """Fetches and stores what rounds made. `alive` tells whether a server's lease still lives."""
+
+    def __init__(
+        self,
+        network: Network,
+        runtime: Runtime,
+        store: JobStore,
+        *,
+        job_epoch: int,
+        checkpoint: CheckpointConfig,
+        updates: int,
+        downloads: Path,
+        patience_s: float,
+        alive: Callable[[Member], bool],
+    ) -> None:
+        self._network = network
+        self._runtime = runtime
+        self._store = store
+        self._job_epoch = job_epoch
+        self._checkpoint = checkpoint
+        self._updates = updates
+        self._downloads = downloads
+        self._patience_s = patience_s
+        self._alive = alive
+        self._said = ChangeLogger(log)
+
+    def stores_state(self, round_made: int) -> bool:
+        """Whether model and momentum of this round are kept."""
+        return round_made == self._updates or round_made % self._checkpoint.every == 0
+
+    async def commit(self, outcome: Outcome, servers: tuple[Member, ...]) -> bool:
+        """Make a round durable. False: it is lost, no server that made it is left and its record never came.
+
+        Raises Deposed when another scheduler has taken the job over.
+        """
+        merged = outcome.merged[0]
+        wanted = [Wanted(part="record", round=outcome.round, digest=merged.record_digest)]
+        if self.stores_state(outcome.round):
+            wanted += _state_of(merged)
+        with span("commit", round=outcome.round):
+            for each in wanted:
+                if not await self.keep(each, servers):
+                    return False
+            await self._append(outcome, merged)
+        return True
+
+    async def keep(self, wanted: Wanted, servers: tuple[Member, ...]) -> bool:
+        """Fetch one file from whichever server has it, and store it. False once none of them lives."""
+        backoff = self._backoff()
+        path = self._downloads / f"{wanted.part}-{wanted.digest}"
+        while not path.is_file():
+            living = [server for server in servers if self._alive(server)]
+            if not living:
+                log.warn("State lost before it was stored", part=wanted.part, round=wanted.round)
+                return False
+            if not await self._fetch(wanted, living, path):
+                await backoff.wait()
+        await self._persist(lambda: self._store.put(wanted.part, wanted.round, wanted.digest, path))
+        await self._runtime.run_blocking(path.unlink, True)  # noqa: FBT003 - missing_ok
+        return True
+
+    async def _fetch(self, wanted: Wanted, servers: list[Member], path: Path) -> bool:
+        message = FetchModel(
+            job_id=self._store.opened.job_id,
+            job_epoch=self._job_epoch,
+            part=wanted.part,
+            round=wanted.round,
+            digest=wanted.digest,
+        )
+        for server in servers:
+            try:
+                await fetch_artifact(
+                    self._network, server.peer_id, message, path, runtime=self._runtime, patience_s=self._patience_s
+                )
+            except (PeerUnreachable, RemoteProtocolError, StoreError) as error:
+                self._said.log_when_changed(wanted.part, f"{wanted.part} not stored yet: {error}", round=wanted.round)
+            else:
+                return True
+        return False
+
+    async def _append(self, outcome: Outcome, merged: Merged) -> None:
+        entry = self._store.round_entry(
+            merged, outcome.contributions, job_epoch=self._job_epoch, nonce=self._runtime.new_id()
+        )
+        await self._persist(lambda: self._store.commit(entry))
+        if self.stores_state(outcome.round):
+            await self._persist(lambda: self._store.prune(self._checkpoint))
+
+    async def _persist(self, write: Callable[[], object]) -> None:
+        """Run a write until the store takes it; says so when it does not, and when it does again."""
+        backoff = self._backoff()
+        while True:
+            try:
+                await self._runtime.run_blocking(write)
+            except Deposed:
+                raise
+            except StoreError as error:
+                self._said.log_when_changed("store", f"the job's store cannot be written: {error}")
+                await backoff.wait()
+            else:
+                self._said.forget("store")
+                return
+
+    def _backoff(self) -> Backoff:
+        return Backoff(self._runtime, base_s=STORE_BACKOFF_S, max_s=STORE_BACKOFF_MAX_S)
+
+
+def _state_of(merged: Merged) -> list[Wanted]:
+    return [
+        Wanted(part="model", round=merged.round, digest=merged.model_digest),
+        Wanted(part="momentum", round=merged.round, digest=merged.momentum_digest),
+    ]

@@ -1,0 +1,64 @@
+"""The forecast of the open round, fed by progress reports; begins anew with each round."""
+
+from hypha.protocol.forecast import Forecast, Pace, grant_size
+from hypha.protocol.messages import Contribution, Member, Progress
+from hypha.telemetry import metrics
+
+
+class Pacing:
+    """Tells each member of the open round when to contribute, and how many samples to fetch at a time."""
+
+    def __init__(self, *, target_samples: int, batch_size: int) -> None:
+        self._target_samples = target_samples
+        self._batch_size = batch_size
+        self._round = 0
+        self._forecast = Forecast(target_samples)
+        self._paces: dict[Member, Pace] = {}
+        self._contributed: set[Member] = set()
+        self.samples_per_s = 0.0
+
+    def _turn_to(self, round_open: int) -> None:
+        if round_open > self._round:
+            self._round = round_open
+            self._forecast = Forecast(self._target_samples)
+            self._paces = {}
+            self._contributed = set()
+
+    def observe(self, member: Member, progress: Progress, now: float) -> int | None:
+        """Take a report of the open round; returns after how many batches its sender should contribute, if known."""
+        self._turn_to(progress.round)
+        before = self._paces.get(member)
+        done = before.samples if before is not None else 0
+        if progress.samples > done:
+            metrics.TRAINING_SAMPLES.add(progress.samples - done)
+        if before is None or progress.batches >= before.batches:
+            pace = Pace(
+                batches=progress.batches,
+                samples=progress.samples,
+                batch_size=progress.batch_size,
+                batch_s=progress.batch_s,
+                at=now,
+            )
+            self._paces[member] = pace
+            self._forecast.measure(member, pace)
+            self.samples_per_s = sum(each.speed for each in self._paces.values())
+        return self._forecast.sync_after(member, now)
+
+    def contributed(self, contribution: Contribution) -> None:
+        """A member is done with the open round."""
+        self._turn_to(contribution.round)
+        member = Member(peer_id=contribution.peer_id, fence=contribution.fence, lease_id=contribution.lease_id)
+        if contribution.round == self._round and member not in self._contributed:
+            self._contributed.add(member)
+            self._forecast.contributed(member, contribution.samples)
+
+    def grant_size(self, member: Member, round_open: int, now: float) -> int:
+        """Return how many samples to grant at once."""
+        self._turn_to(round_open)
+        told = self._forecast.sync_after(member, now)
+        return grant_size(told, self._paces.get(member), batch_size=self._batch_size)
+
+    def forget(self, member: Member) -> None:
+        """A member's lease is over."""
+        self._paces.pop(member, None)
+        self._forecast.gone(member)

@@ -1,0 +1,317 @@
+"""A scheduler: one job from its dataset to its last round, then an orderly end.
+
+dataset found ─▶ store opened, job epoch begun ─▶ workers leased ─▶ rounds ─▶ final model ─▶ leases released
+"""
+
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import trio
+from msgspec import Struct
+
+from hypha.errors import ConfigError, HyphaError, JobFailed, PeerUnreachable, RemoteProtocolError, StoreError
+from hypha.network.fetch import Providers, fetch_manifest
+from hypha.network.host import open_network
+from hypha.network.retry import Backoff
+from hypha.network.seam import Network
+from hypha.pki import load_identity
+from hypha.protocol.job import DatasetRef, JobSpec
+from hypha.protocol.messages import CancelJob, SliceRef
+from hypha.protocol.rounds import RoundBook, Terms
+from hypha.runtime import RealRuntime, Runtime
+from hypha.scheduler.allocator import Allocator
+from hypha.scheduler.answers import Answers
+from hypha.scheduler.committer import Committer
+from hypha.scheduler.config import Config, JobConfig
+from hypha.scheduler.coordinator import Coordinator
+from hypha.scheduler.crew import Crew
+from hypha.scheduler.pace import Pacing
+from hypha.scheduler.pool import LeasedWorker, Pool
+from hypha.scheduler.store import JobStore, open_store
+from hypha.store.disk import Disk, RealDisk
+from hypha.store.objects import ObjectStore, open_objects
+from hypha.telemetry import ChangeLogger, get_logger, metrics
+
+log = get_logger("scheduler")
+
+# The last evaluation and the workers' own exits are worth waiting for, but not for ever.
+FAREWELL_S = 60.0
+FIND_BACKOFF_S = 0.5
+FIND_BACKOFF_MAX_S = 10.0
+
+
+class Place(Struct, frozen=True, kw_only=True):
+    """Where a job's state goes: the journal's disk, the store of chain and artifacts, and local scratch space."""
+
+    disk: Disk
+    objects: ObjectStore
+    directory: Path
+
+
+class Dataset(Struct, frozen=True, kw_only=True):
+    """The dataset as the network provides it."""
+
+    ref: DatasetRef
+    slices: tuple[SliceRef, ...]
+
+
+class Scheduler:
+    """One scheduler on a network that is open already."""
+
+    def __init__(self, network: Network, runtime: Runtime, config: Config, place: Place) -> None:
+        self._network = network
+        self._runtime = runtime
+        self._table = config.scheduler
+        self._place = place
+        self._started = runtime.now()
+
+    @property
+    def _job(self) -> JobConfig:
+        return self._table.job
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the job to its end. Raises JobFailed with the reason when there is none."""
+        task_status.started()
+        dataset = await self._find_dataset()
+        with ExitStack() as held:
+            store = held.enter_context(
+                open_store(
+                    self._place.disk,
+                    self._place.objects,
+                    name=self._job.name,
+                    job_id=f"{self._job.name}-{self._runtime.new_id()[:8]}",
+                    manifest_digest=dataset.ref.manifest_digest,
+                    slices=dataset.slices,
+                )
+            )
+            await self._run_job(store, dataset)
+
+    async def _find_dataset(self) -> Dataset:
+        """Ask the network for the manifest until somebody provides it. Raises JobFailed after `find_s`."""
+        wanted = self._job.dataset_config
+        providers = Providers(self._network, self._runtime, wanted.name)
+        backoff = Backoff(self._runtime, base_s=FIND_BACKOFF_S, max_s=FIND_BACKOFF_MAX_S)
+        said = ChangeLogger(log)
+        while True:
+            try:
+                manifest, digest = await fetch_manifest(
+                    self._network, self._runtime, providers, manifest_digest=wanted.digest
+                )
+            except (PeerUnreachable, RemoteProtocolError) as error:
+                said.log_when_changed("dataset", f"Dataset {wanted.name!r} not found yet: {error}")
+                if self._runtime.now() - self._started > self._job.resources.find_s:
+                    raise JobFailed(f"nobody provides dataset {wanted.name!r}: {error}") from error
+                await backoff.wait()
+                continue
+            slices = manifest.train
+            samples = sum(ref.samples for ref in slices)
+            log.info("Dataset found", dataset=wanted.name, digest=digest, slices=len(slices), samples=samples)
+            return Dataset(ref=manifest.reference(digest), slices=slices)
+
+    # --- the job --------------------------------------------------------------------------------------------------
+
+    async def _run_job(self, store: JobStore, dataset: Dataset) -> None:
+        runtime, network = self._runtime, self._network
+        remembered = await runtime.run_blocking(store.load)
+        epoch = await runtime.run_blocking(self._begin_epoch, store)
+        job_id = store.opened.job_id
+        log.info(
+            "Job started",
+            job_id=job_id,
+            job_epoch=epoch,
+            rounds=self._job.rounds.updates,
+            round=store.state.round + 1,
+            workers=self._job.resources.workers,
+            min_workers=self._job.resources.fewest,
+        )
+        coordinator: Coordinator | None = None
+
+        def died(worker: LeasedWorker, reason: str) -> None:
+            assert coordinator is not None, "no lease before there is a coordinator"
+            coordinator.died(worker, reason)
+
+        pool = Pool(network, runtime, job_epoch=epoch, died=died)
+        book = RoundBook(
+            self._terms(job_id),
+            job_epoch=epoch,
+            chain=store.state,
+            table=store.table(remembered),
+            now=runtime.now(),
+            excluded=remembered.excluded,
+        )
+        coordinator = self._coordinator(book, store, pool, epoch)
+        coordinator.exclude(book.orphans())
+        crew = self._crew(coordinator, store, pool, dataset, epoch)
+        try:
+            await self._lead(coordinator, crew, pool, store)
+        except BaseException:
+            metrics.JOB_COMPLETION_TIME.record(runtime.now() - self._started, status="failure")
+            raise
+        metrics.JOB_COMPLETION_TIME.record(runtime.now() - self._started, status="success")
+        await self._report_end(coordinator, store, dataset)
+
+    def _begin_epoch(self, store: JobStore) -> int:
+        return store.begin_epoch(scheduler=self._network.peer_id, nonce=self._runtime.new_id())
+
+    def _terms(self, job_id: str) -> Terms:
+        rounds = self._job.rounds
+        return Terms(job_id=job_id, updates=rounds.updates, quorum=rounds.quorum, deadline_s=rounds.deadline_s)
+
+    def _coordinator(self, book: RoundBook, store: JobStore, pool: Pool, epoch: int) -> Coordinator:
+        rounds = self._job.rounds
+        committer = Committer(
+            self._network,
+            self._runtime,
+            store,
+            job_epoch=epoch,
+            checkpoint=self._job.checkpoint,
+            updates=rounds.updates,
+            downloads=self._place.directory,
+            patience_s=self._table.patience_s,
+            alive=pool.is_live,
+        )
+        pace = Pacing(target_samples=rounds.samples_between_updates, batch_size=rounds.max_batch_size)
+        return Coordinator(
+            self._network,
+            self._runtime,
+            book=book,
+            store=store,
+            pool=pool,
+            committer=committer,
+            pace=pace,
+            patience_s=self._table.patience_s,
+        )
+
+    def _crew(self, coordinator: Coordinator, store: JobStore, pool: Pool, dataset: Dataset, epoch: int) -> Crew:
+        job_id = store.opened.job_id
+        allocator = Allocator(
+            self._network,
+            self._runtime,
+            pool,
+            job_id=job_id,
+            job_epoch=epoch,
+            welcome_s=self._table.welcome_s,
+            retry_s=self._table.retry_s,
+        )
+
+        def spec(work: str) -> JobSpec:
+            return self._spec(job_id, work, dataset.ref, store)
+
+        return Crew(
+            self._network,
+            self._runtime,
+            allocator=allocator,
+            pool=pool,
+            coordinator=coordinator,
+            table=self._table,
+            spec=spec,
+        )
+
+    def _spec(self, job_id: str, work: str, dataset: DatasetRef, store: JobStore) -> JobSpec:
+        job = self._job
+        return JobSpec(
+            job_id=job_id,
+            work="train" if work == "train" else "aggregate",
+            executor=job.resources.executor,
+            model=job.model,
+            preprocessor=job.preprocessor,
+            dataset=dataset,
+            inner=job.inner_optimizer,
+            outer=job.outer_optimizer,
+            rounds=job.rounds,
+            resume=store.resume_point() if work == "aggregate" else None,
+        )
+
+    async def _lead(self, coordinator: Coordinator, crew: Crew, pool: Pool, store: JobStore) -> None:
+        """Run everything side by side until the last round is committed, then say goodbye."""
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(pool.run)
+                Answers(coordinator).register()
+                recruiting = await nursery.start(_cancellable, crew.run)
+                await coordinator.run()
+                recruiting.cancel()
+                await self._farewell(coordinator, pool)
+                nursery.cancel_scope.cancel()
+        except* HyphaError as errors:
+            raise _first(errors) from errors
+        finally:
+            with trio.move_on_after(FAREWELL_S / 10, shield=True):
+                await pool.release_all("the job is over")
+
+    async def _farewell(self, coordinator: Coordinator, pool: Pool) -> None:
+        """Wait for the last evaluation, then let every executor exit by itself."""
+        rounds = self._job.rounds
+        if rounds.evaluate_every:
+            with trio.move_on_after(FAREWELL_S):
+                while rounds.updates not in coordinator.progress.held_out and any(
+                    worker.work == "aggregate" for worker in pool.live()
+                ):
+                    await coordinator.changed()
+        async with trio.open_nursery() as nursery:
+            for worker in pool.live():
+                nursery.start_soon(self._cancel, worker, pool, coordinator)
+
+    async def _cancel(self, worker: LeasedWorker, pool: Pool, coordinator: Coordinator) -> None:
+        message = CancelJob(**pool.envelope(worker), job_id=coordinator.book.terms.job_id, reason="the job is over")
+        with trio.move_on_after(self._table.patience_s):
+            try:
+                await self._network.request(worker.member.peer_id, message)
+            except (PeerUnreachable, RemoteProtocolError) as error:
+                log.debug("Farewell not heard", worker=worker.member.peer_id, reason=str(error))
+
+    async def _report_end(self, coordinator: Coordinator, store: JobStore, dataset: Dataset) -> None:
+        state = store.state
+        assert state.model_digest is not None, "a job has at least one round"
+        model = await self._runtime.run_blocking(store.find, "model", state.round, state.model_digest)
+        spec = self._spec(store.opened.job_id, "train", dataset.ref, store)
+        job_file = self._place.directory / "job.json"
+        await self._runtime.run_blocking(job_file.write_bytes, msgspec.json.encode(spec))
+        log.info(
+            "Job finished",
+            job_id=store.opened.job_id,
+            rounds=state.round,
+            samples=state.samples,
+            wall_s=round(self._runtime.now() - self._started, 2),
+            model_file=str(model or ""),
+            model_digest=state.model_digest,
+            job_file=str(job_file),
+            held_out=coordinator.progress.held_out.get(state.round),
+        )
+
+
+async def _cancellable(work: Callable[[], Awaitable[None]], *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+    with trio.CancelScope() as scope:
+        task_status.started(scope)
+        await work()
+
+
+def _first(errors: BaseExceptionGroup[HyphaError]) -> HyphaError:
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+async def run(config: Config, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Run this configuration's job to its end. Raises ConfigError (unusable store) or JobFailed."""
+    runtime = RealRuntime()
+    identity = load_identity(config)
+    directory = config.state_dir / config.scheduler.job.name
+    try:
+        disk = RealDisk(directory)
+    except StoreError as error:
+        raise ConfigError(f"state_dir: {error}") from error
+    objects = await runtime.run_blocking(open_objects, _store_url(config, directory))
+    downloads = directory / "downloads"
+    os.makedirs(downloads, exist_ok=True)
+    place = Place(disk=disk, objects=objects, directory=downloads)
+    async with open_network(identity, config, role="scheduler", runtime=runtime) as network:
+        await Scheduler(network, runtime, config, place).run(task_status=task_status)
+
+
+def _store_url(config: Config, directory: Path) -> str:
+    if config.checkpoint_url is None:
+        return str(directory)
+    return f"{config.checkpoint_url.rstrip('/')}/{config.scheduler.job.name}"
