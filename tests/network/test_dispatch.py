@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hypha.errors import LocalProtocolError, PeerUnreachable, Refused, RemoteProtocolError, StoreError
 from hypha.network import dispatch
-from hypha.network.dispatch import Dispatcher, interpret, reply_types
+from hypha.network.dispatch import Dispatcher, interpret, prepare, reply_types
 from hypha.network.framing import MessageFraming, framed, receive_frame
 from hypha.network.seam import Peer
 from hypha.network.topics import ANNOUNCEMENTS_BUFFERED_MAX, Topics
@@ -34,7 +34,7 @@ from hypha.protocol.messages import (
     Request,
     SyncAfter,
 )
-from hypha.telemetry import metrics
+from hypha.telemetry import current_trace_id, metrics, span, tracing
 from tests.network.cast import ack, fetch, status
 
 PEER = Peer("12D3KooWpeer", frozenset({"worker"}))
@@ -234,6 +234,28 @@ def test_an_answer_is_interpreted_by_what_was_asked():
         interpret("p", RENEWAL, encode(Ack()))
     with pytest.raises(RemoteProtocolError, match="p answered RenewLease badly"):
         interpret("p", RENEWAL, b"\xff")
+
+
+async def test_a_trace_goes_on_in_the_handler_of_whoever_is_asked():
+    tracing.activate(TracerProvider().get_tracer("test"))
+    try:
+        traces = []
+
+        async def note(_peer, _message):
+            traces.append(current_trace_id())
+            return Ack()
+
+        dispatcher = Dispatcher()
+        dispatcher.serve(JobStatus, note)
+        with span("asking") as asking:
+            request = prepare(status())
+        assert request.traceparent == asking.traceparent
+        assert prepare(request) is request
+        assert await answer(dispatcher, request) == Ack()
+        assert traces == [asking.traceparent[3:35]]
+    finally:
+        tracing.deactivate()
+    assert prepare(status()).traceparent is None
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------
