@@ -8,6 +8,7 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import TracerProvider
 
 from hypha.errors import LocalProtocolError, PeerUnreachable, Refused, RemoteProtocolError, StoreError
 from hypha.network import dispatch

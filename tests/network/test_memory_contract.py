@@ -1,4 +1,4 @@
-"""The in-memory network keeps the contract of the seam, in virtual time."""
+"""The in-memory network keeps the contract of the seam; on the real clock, as its fault tests run in virtual time."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.network.contract import NetworkContract
 
 
 @pytest.fixture
-def make_network(autojump_clock):
+def make_network():
     fabric = MemoryFabric("contract")
     return lambda name, *roles: fabric.node(name, frozenset(roles))
 
