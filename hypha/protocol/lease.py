@@ -277,8 +277,8 @@ class Ledger:
     def expire(self, now: float) -> tuple[Lease, ...]:
         """Return the leases whose deadline has come since the last call: ENDING ones have a process to kill."""
         self._settle(now)
-        died, self._died = tuple(self._died), []
-        return died
+        died, self._died = self._died, []
+        return tuple(self._leases.get(lease.lease_id, replace(lease, state=State.DEAD)) for lease in died)
 
     def next_deadline(self) -> float | None:
         """Return when `expire` next has something to say: no later than this. None: not before the next grant."""

@@ -244,6 +244,15 @@ def test_resources_of_a_running_job_return_only_when_its_processes_are_gone(ledg
     assert ledger.confirm_gone("a", now=31) is False
 
 
+def test_an_expired_lease_whose_processes_went_before_the_sweep_has_none_to_kill(ledger):
+    granted(ledger)
+    ledger.renew("a", said(1), ttl_s=30, now=0)
+    ledger.dispatch("a", said(2), "job", now=0)
+    assert ledger.confirm_gone("a", now=30) is True
+    (dead,) = ledger.expire(30)
+    assert (dead.state, dead.has_process) == (State.DEAD, False)
+
+
 def test_one_lease_runs_one_job_and_saying_it_twice_starts_it_once(ledger):
     granted(ledger)
     assert ledger.dispatch("a", said(1), "job", now=0) == Stale("lease a is temporary: renew it first")

@@ -4,7 +4,10 @@ Everything said between holder and grantor is put into a bag. What is in the bag
 of times, or never; old incarnations of a scheduler go on sending; process groups take their time to die.
 """
 
+import random
+
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from msgspec import Struct
@@ -51,6 +54,7 @@ class LeaseHistory(RuleBasedStateMachine):
         self.owner: list[str] = []
         self.epoch = dict.fromkeys(SCHEDULERS, 1)
         self.running: dict[str, Resources] = {}
+        self.cancelled: set[str] = set()
         self.extended_at: dict[str, float] = {}
 
     @initialize(grantor=RATES, holders=st.tuples(RATES, RATES, RATES))
@@ -81,6 +85,13 @@ class LeaseHistory(RuleBasedStateMachine):
     def begin_renewal(self, index):
         self.say("renew", index, self.held[index].begin_attempt(self.at(self.owner[index])))
 
+    def exchange(self, index, *, there, back, keep):
+        self.begin_renewal(index)
+        self.time += there
+        self.worker_hears(self.bag[-1] if keep else self.bag.pop())
+        self.time += back
+        self.holder_hears(self.bag[-1] if keep else self.bag.pop())
+
     def say(self, kind, index, attempt):
         lease = self.held[index]
         sender = Sender(peer=self.owner[index], fence=lease.fence, job_epoch=lease.job_epoch, attempt=attempt)
@@ -106,8 +117,15 @@ class LeaseHistory(RuleBasedStateMachine):
     def time_passes(self, seconds):
         self.time += seconds
 
-    @rule(scheduler=st.sampled_from(SCHEDULERS), cpu=st.integers(1, 4), gpu=st.integers(0, 2))
-    def offer(self, scheduler, cpu, gpu):
+    @precondition(lambda self: self.usable())
+    @rule(pick=PICK, later=st.sampled_from([-1e-3, 1e-3]))
+    def the_clock_nears_a_holders_deadline(self, pick, later):
+        index = self.picked(pick)
+        deadline = (self.held[index].deadline + 50) / self.holder_rates[self.owner[index]]
+        self.time = max(self.time, deadline + later)
+
+    @rule(scheduler=st.sampled_from(SCHEDULERS), cpu=st.integers(1, 4), gpu=st.integers(0, 2), accept=st.booleans())
+    def offer(self, scheduler, cpu, gpu, accept):
         self.fence += 1
         lease_id, wanted = f"lease-{self.fence}", Resources(cpu=cpu, gpu=gpu)
         room = self.ledger.free(self.at_grantor())
@@ -118,6 +136,8 @@ class LeaseHistory(RuleBasedStateMachine):
         if isinstance(granted, Lease):
             self.extended_at[lease_id] = self.time
             self.hold(lease_id, scheduler, self.fence, wanted)
+            if accept:
+                self.exchange(len(self.held) - 1, there=0.0, back=0.0, keep=False)
 
     @precondition(lambda self: self.usable())
     @rule(pick=PICK)
@@ -127,12 +147,7 @@ class LeaseHistory(RuleBasedStateMachine):
     @precondition(lambda self: self.usable())
     @rule(pick=PICK, there=TRANSIT, back=TRANSIT, keep=st.booleans())
     def renew_and_be_answered(self, pick, there, back, keep):
-        self.begin_renewal(self.picked(pick))
-        self.time += there
-        said = self.bag[-1] if keep else self.bag.pop()
-        self.worker_hears(said)
-        self.time += back
-        self.holder_hears(self.bag[-1] if keep else self.bag.pop())
+        self.exchange(self.picked(pick), there=there, back=back, keep=keep)
 
     @precondition(lambda self: self.usable())
     @rule(pick=PICK, jitter=st.floats(0, 0.99))
@@ -230,7 +245,10 @@ class LeaseHistory(RuleBasedStateMachine):
             assert answer.extended == newer, "L2: an attempt that is not the newest extended"
             if newer:
                 self.extended_at[said.lease_id] = self.time
+        if said.kind == "cancel" and not isinstance(answer, Gone | Stale):
+            self.cancelled.add(said.lease_id)
         if isinstance(answer, Start):
+            assert said.lease_id not in self.cancelled, "L4: a dispatch that its cancel overtook started a job"
             self.running[said.lease_id] = answer.lease.resources
         if said.kind == "renew" and said.sender.attempt < FORGED:
             self.bag.append(Reply(said.by, said.sender.attempt, answer))
@@ -248,12 +266,12 @@ class LeaseHistory(RuleBasedStateMachine):
 
     def holder_hears(self, reply):
         lease, now = self.held[reply.to], self.at(self.owner[reply.to])
-        ended = lease.state is HolderState.ENDED
+        over = lease.state is HolderState.ENDED or (lease.state is HolderState.HELD and not lease.is_live(now))
         if isinstance(reply.answer, Kept):
             lease.answered(reply.attempt, reply.answer.remaining_s, now)
         else:
             lease.gone(reply.answer.reason)
-        assert not (ended and lease.is_live(now)), "a lease revived"
+        assert not (over and lease.is_live(now)), "a lease revived"
 
     # --- what must hold ----------------------------------------------------------------------------------------------
 
@@ -278,6 +296,7 @@ class LeaseHistory(RuleBasedStateMachine):
         for lease in self.ledger.leases(self.at_grantor()):
             total = total.plus(lease.resources)
         assert total == CAPACITY
+        assert self.running.keys() <= {lease.lease_id for lease in self.ledger.leases(self.at_grantor())}
 
     @invariant()
     def silence_frees(self):
@@ -303,4 +322,78 @@ class LeaseHistory(RuleBasedStateMachine):
 
 
 TestLeaseHistory = LeaseHistory.TestCase
-TestLeaseHistory.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestLeaseHistory.settings = settings(max_examples=50, stateful_step_count=60, deadline=None)
+
+
+STEPS = 300
+# How often each thing happens in a long history, so that jobs run, overlap with other epochs, and die in every way.
+OFTEN = {
+    "offer": 6,
+    "renew_and_be_answered": 12,
+    "renew": 6,
+    "deliver": 14,
+    "deliver_again": 4,
+    "lose": 2,
+    "ask": 10,
+    "release": 2,
+    "give_up_waiting": 1,
+    "another_fence_is_named": 1,
+    "scheduler_restarts": 2,
+    "process_group_ends": 3,
+    "sweep": 3,
+    "the_clock_nears_a_holders_deadline": 4,
+    "time_passes": 8,
+}
+
+
+def arguments(step, rng):
+    pick, transit = rng.randrange(100), (0.0, 0.0, 0.01, 0.5, 4.0)
+    return {
+        "offer": {
+            "scheduler": rng.choice(SCHEDULERS),
+            "cpu": rng.choice((1, 1, 2)),
+            "gpu": rng.choice((0, 1)),
+            "accept": rng.random() < 0.7,
+        },
+        "renew_and_be_answered": {
+            "pick": pick,
+            "there": rng.choice(transit),
+            "back": rng.choice(transit),
+            "keep": rng.random() < 0.3,
+        },
+        "deliver": {"pick": pick, "keep": rng.random() < 0.2},
+        "ask": {
+            "pick": pick,
+            "kind": rng.choice(("dispatch", "dispatch", "cancel")),
+            "keep": rng.random() < 0.3,
+            "at_once": rng.random() < 0.6,
+        },
+        "release": {"pick": pick, "often": rng.randrange(2)},
+        "give_up_waiting": {"pick": pick, "jitter": rng.random()},
+        "another_fence_is_named": {"pick": pick, "kind": rng.choice(("renew", "dispatch", "release")), "off": 1},
+        "scheduler_restarts": {"scheduler": rng.choice(SCHEDULERS)},
+        "sweep": {},
+        "the_clock_nears_a_holders_deadline": {"pick": pick, "later": rng.choice((-1e-3, -1e-3, 1e-3))},
+        "time_passes": {"seconds": rng.choice((0.01, 0.1, 0.5, 1.0, 3.0, 12.0))},
+    }.get(step, {"pick": pick})
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_long_histories_keep_every_invariant(seed):
+    rng = random.Random(seed)
+    history = LeaseHistory()
+    history.start(
+        rng.choice((1.05, rng.uniform(0.95, 1.05))),
+        tuple(rng.choice((0.95, rng.uniform(0.95, 1.05))) for _ in SCHEDULERS),
+    )
+    needs = {"deliver": history.bag, "lose": history.bag, "deliver_again": history.delivered}
+    for step in rng.choices(list(OFTEN), weights=list(OFTEN.values()), k=STEPS):
+        possible = {"process_group_ends": history.running, "offer": True, "sweep": True, "time_passes": True}
+        possible |= {"scheduler_restarts": True} | needs
+        if possible[step] if step in possible else history.usable():
+            getattr(history, step)(**arguments(step, rng))
+        history.holders_never_rely_on_the_same_resource()
+        history.capacity_is_what_is_free_and_what_is_held()
+        history.silence_frees()
+    history.teardown()
+    assert history.fence > 0
