@@ -178,14 +178,12 @@ def _plain(spec: ModelSpec) -> Plain:
 
 
 def _from_scratch(spec: ModelSpec, config: Mapping[str, Any]) -> nn.Module:
-    from transformers import AutoConfig
-
     values = dict(config)
     kind = values.pop("model_type", None)
     if not isinstance(kind, str):
         raise ConfigError("model.config.model_type: the architecture's name is missing, for example 'llama'")
     try:
-        made = AutoConfig.for_model(kind, **values)
+        made = _transformers().AutoConfig.for_model(kind, **values)
         return cast(nn.Module, auto_class(spec.type).from_config(made))
     except (TypeError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"model.config: {error}") from error
@@ -206,7 +204,14 @@ def auto_class(task: str) -> Any:  # noqa: ANN401 - transformers is untyped
     name = TASKS.get(task)
     if name is None:
         raise ConfigError(f"model.type: unknown {task!r}; known: {', '.join([*TASKS, TORCH])}")
-    found = getattr(importlib.import_module("transformers"), name, None)
+    found = getattr(_transformers(), name, None)
     if found is None:
         raise ConfigError(f"model.type: {task!r} needs a transformers that has {name}")
     return found
+
+
+def _transformers() -> Any:  # noqa: ANN401 - transformers is untyped
+    """Import transformers only where it is needed (it takes as long as torch), without progress bars in the log."""
+    transformers = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    return transformers

@@ -92,34 +92,35 @@ def test_a_worker_without_samples_contributes_nothing_and_keeps_up(tmp_path):
         assert stood_on(job.workers[1])[1:3] == [outcome(done) for done in job.rounds[:2]]
 
 
+class Lossy(Job):
+    """The outcome of round 2's first close reaches the workers, and is lost before it is committed."""
+
+    lost = None
+    opened_again = False
+    sent: ClassVar[list[tuple[str, SendUpdate]]] = []
+
+    def send(self, machine, update):
+        if update.round == 2:
+            self.sent.append((machine.name, update))
+        return super().send(machine, update)
+
+    def merged(self, done):
+        if done.round != 2 or self.lost is not None:
+            return super().merged(done)
+        self.deliver(done)
+        self.lost = done
+        return None
+
+    def report(self, machine, report):
+        answer = super().report(machine, report)
+        if self.lost and not self.opened_again:
+            self.opened_again = all(outcome(self.lost) in stood_on(one) for one in self.workers)
+            if self.opened_again:
+                self.open_round(2, self.base)  # a new view with the old base; the held updates are forgotten
+        return answer
+
+
 def test_a_close_that_was_lost_is_undone_and_the_update_sent_again(tmp_path):
-    class Lossy(Job):
-        """The outcome of round 2's first close reaches the workers, and is lost before it is committed."""
-
-        lost = None
-        opened_again = False
-        sent: ClassVar[list[tuple[str, SendUpdate]]] = []
-
-        def send(self, machine, update):
-            if update.round == 2:
-                self.sent.append((machine.name, update))
-            return super().send(machine, update)
-
-        def merged(self, done):
-            if done.round != 2 or self.lost is not None:
-                return super().merged(done)
-            self.deliver(done)
-            self.lost = done
-            return None
-
-        def report(self, machine, report):
-            answer = super().report(machine, report)
-            if self.lost and not self.opened_again:
-                self.opened_again = all(outcome(self.lost) in stood_on(one) for one in self.workers)
-                if self.opened_again:
-                    self.open_round(2, self.base)  # a new view with the old base; the held updates are forgotten
-            return answer
-
     with Lossy(tmp_path, workers=2, sync_after=4) as job:
         finish(job, start_server(job), start_workers(job))
         assert [done.round for done in job.rounds] == [1, 2, 3]
@@ -171,7 +172,7 @@ def test_a_round_closed_without_a_worker_is_followed_by_it(tmp_path):
     with Hasty(tmp_path, workers=2, sync_after=2) as job:
         finish(job, start_server(job), start_workers(job))
         assert [done.round for done in job.rounds] == [1, 2, 3]
-        assert stood_on(job.workers[1])[-1] == stood_on(job.workers[0])[-1]
+        assert outcome(job.rounds[1]) in stood_on(job.workers[1])
 
 
 def test_a_late_joiner_stands_on_the_newest_base_and_contributes(tmp_path):
