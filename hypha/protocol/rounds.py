@@ -216,13 +216,20 @@ class RoundBook:
         return self.orphans()
 
     def orphans(self) -> tuple[Exclude, ...]:
-        """Exclude every dead lease that holds samples of an open or later round without an accepted contribution."""
+        """Exclude every dead lease that holds samples of an open or later round without an accepted contribution.
+
+        Where there is one it stays, and what it leaves of its grants is free again.
+        """
         live = self.members | self.followers | self._awaited
         counted = self.accepted() | self._closing.named
         found = []
         for member, round in self.table.holders():
-            kept = round < self.round or (round == self.round and (member.peer_id, member.fence) in counted)
-            if member not in live and not kept:
+            if member in live or round < self.round:
+                continue
+            contribution = counted.get((member.peer_id, member.fence)) if round == self.round else None
+            if contribution is not None:
+                self.table.settle(contribution)
+            else:
                 found += self._exclude(member, round, "its lease is gone")
         return tuple(found)
 

@@ -31,8 +31,8 @@ from hypha.protocol.slices import Grant, SliceTable
 from hypha.protocol.tally import Exclude
 from hypha.protocol.views import Part, ViewGuard
 
-SLICES = [SliceRef(name=f"s{n}", samples=s, bytes=1, digest="0" * 64) for n, s in enumerate((6, 5))]
-TOTAL = 11
+SLICES = [SliceRef(name=f"s{n}", samples=s, bytes=1, digest="0" * 64) for n, s in enumerate((14, 9))]
+TOTAL = 23
 QUORUM = 2
 CALM_TURNS = 10
 LEASED = (Part.MEMBER, Part.FOLLOWER)
@@ -97,6 +97,7 @@ class Cluster:
         self.entries = []  # bytes: the chain
         self.journal = []  # Grant and Exclude, in order
         self.outcome = None
+        self.sent = (0, 0)  # the newest view that was sent
         self.start_scheduler([])
         self.server_starts()
         for _ in range(3):
@@ -132,6 +133,7 @@ class Cluster:
     def send_view(self):
         view = self.book.view(self.now)
         if view is not None:
+            self.sent = (view.job_epoch, view.view)
             self.flight += [("view_at_worker", w, view) for w in self.workers + self.zombies]
             self.flight.append(("view_at_server", self.server, view))
 
@@ -221,6 +223,19 @@ class Cluster:
     def deliver(self, at, *, again):
         name, *arguments = self.flight[at] if again else self.flight.pop(at)
         getattr(self, name)(*arguments)
+        view = self.book.view(self.now)
+        if view is not None and (view.job_epoch, view.view) != self.sent:
+            self.send_view()
+
+    def lossy(self):
+        """What crosses the network; a merge ends inside its server."""
+        return [at for at, message in enumerate(self.flight) if message[0] != "merge_done"]
+
+    def worker_dies(self, worker):
+        if len(self.workers) > 1:
+            self.workers.remove(worker)
+            self.zombies = [*self.zombies[-1:], worker]
+            self.write(self.book.lease_died(worker.member))
 
     def ask(self, worker, wanted, *, answered=True):
         view = worker.guard.view
@@ -305,7 +320,7 @@ class Cluster:
         self.resend()
 
     def drain(self):
-        for _ in range(400):
+        for _ in range(2000):
             if not self.flight:
                 return
             self.deliver(0, again=False)
