@@ -24,7 +24,7 @@ from multiaddr import Multiaddr
 
 from hypha.errors import PeerUnreachable
 from hypha.network.addresses import ADDRESSES_MAX, Network, is_circuit, is_excluded, without_peer
-from hypha.network.mtls import HandshakeRefused
+from hypha.network.mtls import CERTIFICATE_REFUSED, HandshakeRefused
 from hypha.network.patches import FOREIGN, Swarm
 from hypha.network.retry import Backoff
 from hypha.runtime import Runtime
@@ -74,6 +74,11 @@ class _Attempt:
 
     def failed(self, address: Multiaddr | str, reason: str) -> None:
         self.reasons[str(address)] = reason
+
+    @property
+    def refused(self) -> bool:
+        """Whether a certificate was refused: asking for more addresses will not mend that."""
+        return any(CERTIFICATE_REFUSED in reason for reason in self.reasons.values())
 
 
 class Dialer:
@@ -139,7 +144,9 @@ class Dialer:
             reason = _words(error)
         else:
             return None
-        metrics.CONNECTIONS_FAILED.add(1, direction="outbound", reason=reason if "refused: " in reason else "dial")
+        metrics.CONNECTIONS_FAILED.add(
+            1, direction="outbound", reason=reason if CERTIFICATE_REFUSED in reason else "dial"
+        )
         log.debug("Dial failed", peer_id=str(peer_id), address=str(address), reason=reason)
         return reason
 
@@ -163,7 +170,7 @@ class Dialer:
     async def _try_everything(self, peer_id: ID, attempt: _Attempt) -> None:
         tried: set[str] = set()
         for pause_s in LOOKUP_RETRY_S:
-            if await self._race(peer_id, self._direct(peer_id, tried), attempt):
+            if await self._race(peer_id, self._direct(peer_id, tried), attempt) or attempt.refused:
                 return
             await trio.sleep(pause_s)
             await self._routes.lookup(peer_id)

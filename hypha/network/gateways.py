@@ -22,7 +22,7 @@ from hypha.network.retry import Backoff
 from hypha.network.yamux import Yamux
 from hypha.pki import Identity
 from hypha.runtime import Runtime
-from hypha.telemetry import ChangeLogger, get_logger
+from hypha.telemetry import get_logger
 
 BACKOFF_BASE_S = 0.2
 BACKOFF_MAX_S = 15.0
@@ -51,7 +51,7 @@ class Gateways:
         self._introduce = introduce
         self._connected: dict[ID, Multiaddr] = {}
         self._failing: dict[str, str] = {}
-        self._changes = ChangeLogger(log)
+        self._reachable: bool | None = None
         self.first_connected = trio.Event()
         self.all_tried = trio.Event()
 
@@ -115,8 +115,12 @@ class Gateways:
             self._failing[str(address)] = reason
         if len(self._failing) + len(self._connected) >= len(self._addresses):
             self.all_tried.set()
-        if self._connected:
-            self._changes.log_when_changed("gateways", "Gateway connected")
-        elif self.all_tried.is_set():
+        reachable = bool(self._connected)
+        if reachable == self._reachable or not (reachable or self.all_tried.is_set()):
+            return
+        self._reachable = reachable
+        if reachable:
+            log.info("Gateway connected", address=str(address))
+        else:
             why = "; ".join(f"{where}: {what}" for where, what in sorted(self._failing.items()))
-            self._changes.log_when_changed("gateways", "No gateway reachable; trying on", reasons=why)
+            log.warn("No gateway reachable; trying on", reasons=why)

@@ -41,6 +41,8 @@ RECORD_BYTES = 1 << 14
 
 log = get_logger("network.mtls")
 
+# In every reason that is about a certificate.
+CERTIFICATE_REFUSED = "certificate refused: "
 # OpenSSL's X509_V_ERR_* numbers (openssl/x509_vfy.h).
 _VERDICTS = {
     2: "unknown CA",
@@ -76,13 +78,13 @@ class HandshakeRefused(HandshakeFailure):
 def reason_of(error: ssl.SSLError) -> str:
     """Say in words why a handshake failed: whose certificate was refused, and why."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate refused: {_VERDICTS.get(error.verify_code, error.verify_message)}"
+        return f"its {CERTIFICATE_REFUSED}{_VERDICTS.get(error.verify_code, error.verify_message)}"
     name = error.reason or str(error)
     for tail, words in _ALERTS.items():
         if name.endswith(tail):
-            return f"our certificate refused: {words}"
+            return f"our {CERTIFICATE_REFUSED}{words}"
     if name == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
-        return "its certificate refused: none was shown"
+        return f"its {CERTIFICATE_REFUSED}none was shown"
     return f"TLS: {name}"
 
 
@@ -224,7 +226,9 @@ class MutualTls(ISecureTransport):
         return self._identity.peer_of(pipe.peer_certificate())
 
     def _report(self, conn: IRawConnection, reason: str) -> None:
-        metrics.CONNECTIONS_FAILED.add(1, direction="inbound", reason=reason if "refused" in reason else "handshake")
+        metrics.CONNECTIONS_FAILED.add(
+            1, direction="inbound", reason=reason if CERTIFICATE_REFUSED in reason else "handshake"
+        )
         address = conn.get_remote_address()
         host = "unknown" if address is None else address[0]
         self._once.log(f"{host} {reason}", "Connection refused", remote=host, reason=reason)

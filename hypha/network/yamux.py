@@ -30,6 +30,7 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamErro
 from multiaddr import Multiaddr
 
 from hypha.network.mtls import SecureConn
+from hypha.network.tls_pipe import take
 from hypha.network.yamux_stream import FRAME_BYTES_MAX, WINDOW_BYTES, YamuxStream
 from hypha.telemetry import get_logger
 
@@ -48,8 +49,9 @@ CONTROL_FRAMES_MAX = 8192
 TICK_S = 2.5
 SILENT_TICKS_PING = 2
 SILENT_TICKS_MAX = 5
-# A goodbye is a courtesy.
+# A goodbye is a courtesy, and closing waits for nobody's answer.
 GOODBYE_S = 0.2
+CLOSE_S = 3.0
 
 log = get_logger("network.yamux")
 
@@ -243,6 +245,8 @@ class Yamux(IMuxedConn):
         while True:
             await self._control_ready.wait()
             self._control_ready = trio.Event()
+            if not self._control:
+                continue  # they went along with data
             try:
                 await self._write()
             except (IOException, RawConnError, OSError) as error:
@@ -251,12 +255,17 @@ class Yamux(IMuxedConn):
 
     async def _write(self, *parts: bytes | memoryview) -> None:
         """Send the control frames that wait, then the parts: what was queued first is sent first."""
-        async with self._write_lock:
+        await take(self._write_lock)
+        try:
             frames = b"".join(self._control)
             self._control.clear()
-            with trio.CancelScope() as scope:
-                scope.shield = True  # bounded by the pipe's own WRITE_STALL_S
+            try:
                 await self.secured_conn.write_parts(frames, *parts)
+            except trio.Cancelled:
+                self._control.appendleft(frames)  # nothing was sent
+                raise
+        finally:
+            self._write_lock.release()
 
     async def _keep_alive(self) -> None:
         # Ticks and not a clock: after a suspend the peer's answers lie in the socket, and the first tick reads them.
@@ -279,7 +288,9 @@ class Yamux(IMuxedConn):
             stream.abort()
         self._streams.clear()
         self._backlog_in.close()
-        await self.secured_conn.close()
+        with trio.move_on_after(CLOSE_S) as scope:
+            scope.shield = True
+            await self.secured_conn.close()
         self._scope.cancel()
 
 

@@ -18,6 +18,8 @@ from libp2p.io.exceptions import IOException
 from libp2p.network.connection.exceptions import RawConnError
 from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, MuxedStreamReset
 
+from hypha.network.tls_pipe import take
+
 if TYPE_CHECKING:
     from hypha.network.yamux import Yamux
 
@@ -86,23 +88,30 @@ class YamuxStream(IMuxedStream):
         Raises MuxedStreamReset or MuxedStreamClosed.
         """
         view = memoryview(data).cast("B")
-        async with self._write_lock:
+        await take(self._write_lock)
+        try:
             while view:
-                while self._may_send <= 0 and not self._aborted:
-                    self._wake_writer = trio.Event()
-                    await self._wake_writer.wait()
-                self._require_open()
-                count = min(self._may_send, FRAME_BYTES_MAX, len(view))
-                try:
-                    await self.connection.send_data(self.stream_id, view[:count], last=last and count == len(view))
-                except (IOException, RawConnError, OSError) as error:
-                    self.abort()
-                    raise MuxedStreamReset(str(error)) from error
-                self._may_send -= count
+                count = await self._write_frame(view, last=last)
                 view = view[count:]
             if last:
                 self._sent_all = True
                 self._forget_when_over()
+        finally:
+            self._write_lock.release()
+
+    async def _write_frame(self, view: memoryview, *, last: bool) -> int:
+        while self._may_send <= 0 and not self._aborted:
+            self._wake_writer = trio.Event()
+            await self._wake_writer.wait()
+        self._require_open()
+        count = min(self._may_send, FRAME_BYTES_MAX, len(view))
+        try:
+            await self.connection.send_data(self.stream_id, view[:count], last=last and count == len(view))
+        except (IOException, RawConnError, OSError) as error:
+            self.abort()
+            raise MuxedStreamReset(str(error)) from error
+        self._may_send -= count
+        return count
 
     async def close(self) -> None:
         """Finish our direction; the peer's stays open."""

@@ -1,13 +1,18 @@
 """Real libp2p nodes on loopback for tests: certificates, a gateway, and nodes that know nothing else."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import trio
 from msgspec import Struct
 
 from hypha.network.host import Libp2pNetwork, open_network
 from hypha.pki import Identity
+from hypha.protocol.messages import JobStatus
 from hypha.runtime import RealRuntime
+from tests.network.cast import ack
+
+PATIENCE_S = 20.0
 
 
 class Keys(Struct, frozen=True):
@@ -35,9 +40,7 @@ class Nodes:
     @asynccontextmanager
     async def alone(self, name: str, *roles: str, **keys: object) -> AsyncIterator[Libp2pNetwork]:
         """A node that knows no gateway unless `keys` name one."""
-        role = roles[0] if roles else "worker"
-        identity = self.identity(name, *roles)
-        async with open_network(identity, Keys(**keys), role=role, runtime=RealRuntime()) as network:
+        async with running(self.identity(name, *roles), roles[0], **keys) as network:
             yield network
 
     @asynccontextmanager
@@ -48,3 +51,30 @@ class Nodes:
         known = (gateway.listen_addresses()[0],)
         async with self.alone(name, *roles, gateway_addresses=known, **keys) as network:
             yield network
+
+
+@asynccontextmanager
+async def running(identity: Identity, role: str = "worker", **keys: object) -> AsyncIterator[Libp2pNetwork]:
+    """A node with this identity that answers JobStatus, for not longer than PATIENCE_S."""
+    with trio.fail_after(PATIENCE_S):
+        async with open_network(identity, Keys(**keys), role=role, runtime=RealRuntime()) as network:
+            yield network
+
+
+def introduce(asker: Libp2pNetwork, *others: Libp2pNetwork) -> None:
+    """Tell a node where others are, as a message from them would."""
+    for other in others:
+        asker.learn(other.peer_id, other.signed_addresses())
+
+
+def answering(network: Libp2pNetwork) -> Libp2pNetwork:
+    """The same, answering JobStatus."""
+    network.serve(JobStatus, ack)
+    return network
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition that the network brings about."""
+    with trio.fail_after(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - the network has no event for everything a test waits for
+            await trio.sleep(0.02)
