@@ -18,8 +18,10 @@ import trio
 from hypha import telemetry
 from hypha.cli_app import EXIT_FAILED
 from hypha.config import NodeConfig
-from hypha.errors import ConfigError, HyphaError
+from hypha.errors import ConfigError, HyphaError, JobFailed
 from hypha.pki import load_identity
+from hypha.runtime import boot_time
+from hypha.telemetry import metrics
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Run = Callable[[Any], Coroutine[Any, Any, None]]
@@ -32,13 +34,20 @@ def run_role(program: str, run: Run, config: NodeConfig) -> None:
 
     Raises ConfigError; any other failure of the role is logged as an error and ends in SystemExit(1).
     """
-    warnings = load_identity(config).warnings
-    running = telemetry.start(program, config)
+    identity = load_identity(config)
+    running = telemetry.start(program, config, instance=identity.peer_id)
+    started = boot_time()
     try:
-        for warning in warnings:
+        for warning in identity.warnings:
             _log.warn(warning)
         _run_until_stopped(run, config)
     finally:
+        _log.info(
+            "Stopped",
+            bytes_sent=int(metrics.NETWORK_BYTES_SENT.total()),
+            bytes_received=int(metrics.NETWORK_BYTES_RECEIVED.total()),
+            uptime_s=round(boot_time() - started, 3),
+        )
         running.shutdown()
 
 
@@ -52,7 +61,8 @@ def _run_until_stopped(run: Run, config: NodeConfig) -> None:
         if isinstance(fault, ConfigError):
             raise fault
     for fault in faults:
-        _log.error("The node failed", error=type(fault).__name__, reason=str(fault))
+        message = "Job failed" if isinstance(fault, JobFailed) else "The node failed"
+        _log.error(message, error=type(fault).__name__, reason=str(fault))
     if faults:
         raise SystemExit(EXIT_FAILED)
 
