@@ -6,8 +6,8 @@
 
 Everything is fp32 on the CPU with every multiply and every add rounded by itself: no fused multiply-add, so no `alpha=`
 and no `addcmul`. One kernel's contraction would change the last bit from machine to machine, and records replayed
-elsewhere would no longer give the committed model. All files are walked tensor by tensor: memory for a merge is six
-tensors, however many workers there are.
+elsewhere would not give the committed model. All files are walked together in pieces of a tensor: a merge needs the
+memory of a dozen pieces, however large the model and however many the workers.
 """
 
 import math
@@ -51,11 +51,13 @@ def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
 def mean(weighted: Iterable[tuple[torch.Tensor, int]], *, samples: int) -> torch.Tensor:
     """Mean of (tensor, its samples), added up in the order given; `samples` is the sum of all.
 
-    Holds two tensors of an iterator: the sum and the one being added. An only contributor weighs exactly 1.
+    Holds three tensors: the sum, the one read and its share. An only contributor weighs exactly 1.
     """
-    parts = (scaled(tensor, count / samples) for tensor, count in weighted)
-    total = next(parts)
-    for part in parts:
+    parts = iter(weighted)
+    first, count = next(parts)
+    total, part = scaled(first, count / samples), torch.empty_like(first)
+    for tensor, count in parts:
+        torch.mul(tensor, torch.tensor(count / samples, dtype=torch.float32), out=part)
         total += part
     return total
 
@@ -73,8 +75,8 @@ def pseudo_gradient(out: Path, base: Path, parameters: Mapping[str, torch.Tensor
     """Write Δ = θ_start − θ_end, θ_start being the file the round began with, θ_end the parameters now."""
     start = Reader(base)
     with Writer(out, start.layout.shapes()) as file:
-        for name in file.names:
-            file.write(start.read(name) - parameters[name].detach().cpu())
+        for piece in start.pieces():
+            file.append(start.part(piece) - piece.of(parameters[piece.name]))
         return file.finish()
 
 
@@ -83,8 +85,8 @@ def subtract(out: Path, base: Path, update: Path) -> Written:
     model, change = Reader(base), Reader(update)
     _same_tensors(change, model.layout.shapes(), "update")
     with Writer(out, model.layout.shapes()) as file:
-        for name in file.names:
-            file.write(model.read(name) - change.read(name))
+        for piece in model.pieces():
+            file.append(model.part(piece) - change.part(piece))
         return file.finish()
 
 
@@ -92,7 +94,7 @@ def zeros(out: Path, shapes: Shapes) -> Written:
     """Write the momentum before the first step."""
     with Writer(out, shapes) as file:
         for name in file.names:
-            file.write(torch.zeros(shapes[name]))
+            file.append(torch.zeros(shapes[name]))
         return file.finish()
 
 
@@ -113,15 +115,15 @@ def step(
     samples = sum(share.samples for share in counted)
     squares = 0.0
     with _writers(outs, theta.layout.shapes()) as files:
-        for name in theta.names:
-            gradient = mean(((file.read(name), count) for file, count in deltas), samples=samples)
-            speed, update = nesterov(velocity.read(name), gradient, outer)
-            after = theta.read(name) - update
+        for piece in theta.pieces():
+            gradient = mean(((file.part(piece), count) for file, count in deltas), samples=samples)
+            speed, update = nesterov(velocity.part(piece), gradient, outer)
+            after = theta.part(piece) - update
             if not (is_finite(after) and is_finite(speed)):
-                raise RemoteProtocolError(f"the outer step makes tensor {name!r} not finite")
-            for part, tensor in zip(PARTS, (after, speed, gradient, update), strict=True):
-                files[part].write(tensor)
-            squares += float(torch.sum(update.double() ** 2))
+                raise RemoteProtocolError(f"the outer step makes tensor {piece.name!r} not finite")
+            for part, elements in zip(PARTS, (after, speed, gradient, update), strict=True):
+                files[part].append(elements)
+            squares += float(torch.linalg.vector_norm(update)) ** 2
         written = {part: files[part].finish() for part in PARTS}
     return Stepped(**written, update_norm=math.sqrt(squares))
 

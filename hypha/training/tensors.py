@@ -1,17 +1,19 @@
-"""Model files: canonical SafeTensors fp32, written and read one tensor at a time.
+"""Model files: canonical SafeTensors fp32, written and read piece by piece.
 
-    with Writer(path, shapes) as out:           header first, then tensors in name order, sha256 on the way
-        for name in out.names: out.write(tensor)
-    file = Reader(path)                         one tensor in memory at a time; nothing is mapped
-    for name in file.names: file.read(name)
+    file = Reader(path)                         nothing is mapped, nothing is held
+    with Writer(path, shapes) as out:           header first, then elements in file order, sha256 on the way
+        for piece in file.pieces():             at most PIECE_ELEMENTS of one tensor
+            out.append(f(file.part(piece)))
+        written = out.finish()
 
 A file that is not whole does not exist: it is written as `.part` and renamed when it is complete. The digest of a file
 is the digest of its tensors (hypha.protocol.tensorfile).
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -24,6 +26,21 @@ from hypha.protocol.bridge import FileRef
 from hypha.protocol.tensorfile import LENGTH_BYTES, Layout, TensorSpec, header_length, layout, parse_header
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+# 2 MiB of fp32: the dozen pieces of a merge stay in the processor's cache, whatever the largest tensor.
+PIECE_ELEMENTS = 1 << 19
+
+
+class Piece(Struct, frozen=True):
+    """Elements [start, stop) of one tensor, in row-major order."""
+
+    name: str
+    start: int
+    stop: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """These elements of a tensor, flat, fp32 on the CPU."""
+        return tensor.detach().reshape(-1)[self.start : self.stop].to("cpu", torch.float32)
 
 
 class Written(Struct, frozen=True):
@@ -50,20 +67,24 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 class Writer:
-    """Writes one file; `names` is the order in which tensors must come. Raises StoreError naming the path."""
+    """Writes one file, elements in file order; `names` is the order of tensors. Raises StoreError naming the path."""
 
     def __init__(self, path: Path, shapes: Shapes) -> None:
         header, self._layout = layout(TensorSpec(name, "F32", shape) for name, shape in shapes.items())
         self.path = path
         self.names = list(self._layout.tensors)
-        self._next = 0
+        self._size = 0
         self._sha = hashlib.sha256()
         self._part = path.with_name(path.name + ".part")
         try:
-            self._file = self._part.open("wb")
+            self._file = self._part.open("wb", buffering=0)
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}") from error
-        self._put(header)
+        try:
+            self._put(memoryview(header))
+        except StoreError:
+            self._give_up()
+            raise
 
     def __enter__(self) -> "Writer":
         """Nothing to do: the header is already written."""
@@ -72,19 +93,19 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Remove what was not finished."""
         if not self._file.closed:
-            self._file.close()
-            self._part.unlink(missing_ok=True)
+            self._give_up()
 
-    def write(self, tensor: torch.Tensor) -> None:
-        """Append the next tensor in name order; any float dtype and device, stored as fp32."""
-        spec = self._layout.tensors[self.names[self._next]].spec
-        assert tuple(tensor.shape) == spec.shape, f"{spec.name}: {tuple(tensor.shape)} is not {spec.shape}"
-        self._put(_bytes_of(tensor))
-        self._next += 1
+    def _give_up(self) -> None:
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+    def append(self, elements: torch.Tensor) -> None:
+        """Write what follows in file order: a piece or a whole tensor, any float dtype and device, stored as fp32."""
+        self._put(_bytes_of(elements))
 
     def finish(self) -> Written:
         """Put the complete file in its place."""
-        assert self._next == len(self.names), f"{self.path.name}: {self.names[self._next]} is missing"
+        assert self._size == self._layout.file_bytes, f"{self.path}: {self._size} of {self._layout.file_bytes} bytes"
         try:
             self._file.close()
             self._part.replace(self.path)
@@ -92,10 +113,12 @@ class Writer:
             raise StoreError(f"{self.path}: {error.strerror}") from error
         return Written(self.path, self._layout.file_bytes, self._sha.hexdigest())
 
-    def _put(self, data: bytes | memoryview) -> None:
+    def _put(self, data: memoryview) -> None:
         self._sha.update(data)
+        self._size += len(data)
         try:
-            self._file.write(data)
+            while data:
+                data = data[self._file.write(data) :]
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}") from error
 
@@ -111,23 +134,35 @@ class Reader:
         self.layout = layout_of(path)
         self.names = sorted(self.layout.tensors)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, fp32 on the CPU, in memory of its own."""
-        placed = self.layout.tensors.get(name)
+    def pieces(self) -> Iterator[Piece]:
+        """The whole file, in file order of a canonical one."""
+        for name in self.names:
+            elements = math.prod(self.layout.tensors[name].spec.shape)
+            for start in range(0, elements, PIECE_ELEMENTS):
+                yield Piece(name, start, min(start + PIECE_ELEMENTS, elements))
+
+    def part(self, piece: Piece) -> torch.Tensor:
+        """Return some elements of a tensor, flat, fp32 on the CPU, in memory of their own."""
+        placed = self.layout.tensors.get(piece.name)
         if placed is None:
-            raise RemoteProtocolError(f"{self.path.name}: tensor {name!r} is missing")
+            raise RemoteProtocolError(f"{self.path.name}: tensor {piece.name!r} is missing")
         if placed.spec.dtype != "F32":
-            raise RemoteProtocolError(f"{self.path.name}: tensor {name!r} is {placed.spec}, expected F32")
-        tensor = torch.empty(placed.spec.shape, dtype=torch.float32)
+            raise RemoteProtocolError(f"{self.path.name}: tensor {piece.name!r} is {placed.spec}, expected F32")
+        tensor = torch.empty(piece.stop - piece.start, dtype=torch.float32)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(placed.start)
+            file.seek(placed.start + piece.start * tensor.itemsize)
             rest = _bytes_of(tensor)
             while rest:
                 count = file.readinto(rest)
                 if not count:
-                    raise RemoteProtocolError(f"{self.path.name}: tensor {name!r} is cut short")
+                    raise RemoteProtocolError(f"{self.path.name}: tensor {piece.name!r} is cut short")
                 rest = rest[count:]
         return tensor
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, whole."""
+        shape = self.layout.tensors[name].spec.shape if name in self.layout.tensors else ()
+        return self.part(Piece(name, 0, math.prod(shape))).reshape(shape)
 
 
 def layout_of(path: Path) -> Layout:
@@ -148,7 +183,7 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> Written:
     """Write tensors as one file."""
     with Writer(path, shapes_of(tensors)) as out:
         for name in out.names:
-            out.write(tensors[name])
+            out.append(tensors[name])
         return out.finish()
 
 
@@ -193,9 +228,9 @@ def screen(path: Path, shapes: Shapes) -> str | None:
         fault = mismatch(file.layout, shapes)
         if fault is not None:
             return fault
-        for name in file.names:
-            if not is_finite(file.read(name)):
-                return f"tensor {name!r} is not finite"
+        for piece in file.pieces():
+            if not is_finite(file.part(piece)):
+                return f"tensor {piece.name!r} is not finite"
     except RemoteProtocolError as error:
         return str(error)
     return None

@@ -137,6 +137,12 @@ def test_replaying_records_gives_the_same_bits(tmp_path):
         model, momentum = again.model.path, again.momentum.path
 
 
+def test_the_size_of_pieces_changes_no_bit(tmp_path, monkeypatch):
+    whole = three_steps(tmp_path)[-1]
+    monkeypatch.setattr(tensors, "PIECE_ELEMENTS", 4)
+    assert three_steps(tmp_path)[-1].model.digest == whole.model.digest
+
+
 def test_workers_subtract_the_update_and_stand_on_the_servers_bits(tmp_path):
     model, momentum = start(tmp_path)
     stepped = outer.step(outs(tmp_path, 1), model=model, momentum=momentum, shares=shares(tmp_path), outer=OUTER)

@@ -31,6 +31,18 @@ def test_the_digest_is_that_of_the_files_bytes_and_of_the_tensors(tmp_path):
     assert tensors.digest(some(2.0)) != written.digest
 
 
+def test_pieces_of_a_large_tensor_are_the_tensor(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "PIECE_ELEMENTS", 4)
+    values = {"a": torch.arange(30.0).reshape(5, 6), "b": torch.arange(3.0)}
+    file = tensors.Reader(tensors.save(tmp_path / "m", values).path)
+    pieces = list(file.pieces())
+    assert [(piece.start, piece.stop) for piece in pieces if piece.name == "a"][-2:] == [(24, 28), (28, 30)]
+    assert torch.equal(
+        torch.cat([file.part(piece) for piece in pieces]), torch.cat([values["a"].flatten(), values["b"]])
+    )
+    assert all(torch.equal(file.part(piece), piece.of(values[piece.name])) for piece in pieces)
+
+
 def test_half_precision_is_stored_as_fp32(tmp_path):
     written = tensors.save(tmp_path / "m.safetensors", {"a": torch.full((3,), 0.5, dtype=torch.bfloat16)})
     assert torch.equal(tensors.Reader(written.path).read("a"), torch.full((3,), 0.5))
@@ -38,7 +50,7 @@ def test_half_precision_is_stored_as_fp32(tmp_path):
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path):
     with tensors.Writer(tmp_path / "m.safetensors", SHAPES) as out:
-        out.write(torch.zeros(2, 3))
+        out.append(torch.zeros(2, 3))
         assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
 
