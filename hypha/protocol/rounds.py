@@ -207,9 +207,6 @@ class RoundBook:
         self._awaited.discard(member)
         self.table.forget(member)
         if self.servers.pop(member, None) is not None:
-            self._tally.drop_server(member)
-            if self._closed_tally is not None:
-                self._closed_tally.drop_server(member)
             self._closing.drop()
         if known:
             self._bump()
@@ -221,7 +218,7 @@ class RoundBook:
         Where there is one it stays, and what it leaves of its grants is free again.
         """
         live = self.members | self.followers | self._awaited
-        counted = self.accepted() | self._closing.named
+        counted = self.accepted()
         found = []
         for member, round in self.table.holders():
             if member in live or round < self.round:

@@ -36,7 +36,7 @@ class Exclude(Struct, frozen=True, kw_only=True):
 
 
 class Tally:
-    """The contributions to one round on one base, server by server."""
+    """The contributions to one round on one base, server by server. Dead servers are not asked about."""
 
     def __init__(self, round: int, base_digest: str | None) -> None:
         self.round = round
@@ -56,10 +56,6 @@ class Tally:
                 held[key] = contribution
                 fresh.append(contribution)
         return fresh
-
-    def drop_server(self, server: Member) -> None:
-        """Forget what a server held: it is gone, and its spool with it."""
-        self._held.pop(server, None)
 
     def accepted(self, servers: Iterable[Member], excluded: Iterable[Key]) -> dict[Key, Contribution]:
         """Return what every one of `servers` holds, without the excluded, in (peer id, fence) order."""
