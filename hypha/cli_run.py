@@ -40,18 +40,12 @@ def run_role(program: str, run: Run, config: NodeConfig) -> None:
     try:
         for warning in identity.warnings:
             _log.warn(warning)
-        _run_until_stopped(run, config)
+        _run_until_stopped(run, config, started)
     finally:
-        _log.info(
-            "Stopped",
-            bytes_sent=int(metrics.NETWORK_BYTES_SENT.total()),
-            bytes_received=int(metrics.NETWORK_BYTES_RECEIVED.total()),
-            uptime_s=round(boot_time() - started, 3),
-        )
         running.shutdown()
 
 
-def _run_until_stopped(run: Run, config: NodeConfig) -> None:
+def _run_until_stopped(run: Run, config: NodeConfig, started: float) -> None:
     faults: list[HyphaError] = []
     try:
         trio.run(supervise, run, config)
@@ -63,6 +57,12 @@ def _run_until_stopped(run: Run, config: NodeConfig) -> None:
     for fault in faults:
         message = "Job failed" if isinstance(fault, JobFailed) else "The node failed"
         _log.error(message, error=type(fault).__name__, reason=str(fault))
+    _log.info(
+        "Stopped",
+        bytes_sent=int(metrics.NETWORK_BYTES_SENT.total()),
+        bytes_received=int(metrics.NETWORK_BYTES_RECEIVED.total()),
+        uptime_s=round(boot_time() - started, 3),
+    )
     if faults:
         raise SystemExit(EXIT_FAILED)
 
