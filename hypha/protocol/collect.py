@@ -85,12 +85,15 @@ class _Generation:
 class Collector:
     """The rules of one parameter server; `me` is its own lease."""
 
-    def __init__(self, job_id: str, me: Member, *, round: int, model_digest: str) -> None:
-        """Begin with model and momentum after `round` outer steps."""
+    def __init__(
+        self, job_id: str, me: Member, *, round: int, model_digest: str, momentum_digest: str | None = None
+    ) -> None:
+        """Begin with model and momentum after `round` outer steps: what a Ready of this server says, now and later."""
         self.me = me
         self.guard = ViewGuard(job_id)
         self.round = round  # the newest committed round, or what the state was restored from
         self.model_digest = model_digest
+        self.momentum_digest = momentum_digest
         self._generations: dict[int, _Generation] = {}
         self._open: _Generation | None = None
         self._arriving: dict[Key, tuple[int, PushUpdate]] = {}  # bounded by the view's members: see `offer`
@@ -141,7 +144,9 @@ class Collector:
             return Verdict(reason=f"round {message.round} was committed as {message.digest[:12]}, not as merged here")
         if message.round == self.round:
             return ()
-        self.round, self.model_digest = message.round, message.digest
+        merged = self._generations[message.round].merged
+        assert merged is not None, "its model is known"
+        self.round, self.model_digest, self.momentum_digest = message.round, message.digest, merged.momentum_digest
         gone = [self._generations.pop(r) for r in sorted(self._generations) if r <= message.round]
         if self._open in gone:
             self._open = None  # until the view that opens the next round arrives

@@ -300,7 +300,7 @@ def test_a_commit_lets_go_of_what_could_undo_it():
     committed = Committed(job_id="job", job_epoch=1, round=1, digest=ONE)
     assert [c.peer_id for c in made.committed(committed, "sched")] == ["a", "b"]
     assert made.committed(committed, "sched") == ()
-    assert (made.round, made.model_digest) == (1, ONE)
+    assert (made.round, made.model_digest, made.momentum_digest) == (1, ONE, ONE)
     unservable = made.observe(view(3, round=1), "sched").unservable
     assert unservable == "view 3 opens round 1 on 000000000000; this server holds model 1 (111111111111)"
     assert made.offer(push(seen=3), "a").retry

@@ -8,74 +8,26 @@ from msgspec.structs import replace
 from hypha.errors import LocalProtocolError
 from hypha.protocol.closing import CLOSES_PER_EPOCH, Close, Outcome
 from hypha.protocol.manifest import ChainState
-from hypha.protocol.messages import Collected, Contribution, Interval, Member, Merged, Progress, SliceRef
-from hypha.protocol.rounds import RoundBook, Terms, Waiting
+from hypha.protocol.messages import Interval, Progress
+from hypha.protocol.rounds import Waiting
 from hypha.protocol.slices import Grant, Later, SliceTable
 from hypha.protocol.tally import Exclude
 from hypha.protocol.views import Part
-
-A, B, C = (Member(peer_id=p, fence=1, lease_id=f"lease-{p}") for p in "abc")
-S, T = (Member(peer_id=p, fence=1, lease_id=f"lease-{p}") for p in "st")
-SLICES = [SliceRef(name="s0", samples=40, bytes=1, digest="0" * 64)]
-ZERO = "0" * 64
-
-
-def book(*members, quorum=1, updates=3, table=None, chain=None, servers=(S,), **known):
-    made = RoundBook(
-        Terms(job_id="job", updates=updates, quorum=quorum, deadline_s=10.0),
-        job_epoch=1,
-        chain=chain or ChainState(job_id="job"),
-        table=table or SliceTable(SLICES),
-        now=0.0,
-        **known,
-    )
-    for server in servers:
-        round = chain.round if chain else 0
-        assert made.server_ready(server, b"addr", round=round, digest=ZERO, momentum_digest=None) is None
-    for member in members:
-        made.lease_added(member)
-        assert made.worker_ready(member, round=made.round - 1, digest=ZERO) is None
-    return made
-
-
-def contribution(rounds, member, *intervals, loss=1.0):
-    return Contribution(
-        peer_id=member.peer_id, fence=member.fence, lease_id=member.lease_id, round=rounds.round,
-        base_digest=rounds.base_digest, digest=f"{ord(member.peer_id):064x}", bytes=1,
-        samples=sum(i.samples for i in intervals), intervals=intervals, loss=loss,
-    )  # fmt: skip
-
-
-def report(rounds, *contributions, server=S, view=None, round=None):
-    message = Collected(
-        job_id="job", job_epoch=1, round=round or rounds.round, lease_id=server.lease_id, fence=server.fence,
-        view=view or rounds.view(0.0).view, contributions=contributions,
-    )  # fmt: skip
-    return rounds.collected(message, server.peer_id)
-
-
-def train(rounds, *members, samples=4):
-    made = [contribution(rounds, m, rounds.grant(m, request=0, wanted=samples)) for m in members]
-    assert report(rounds, *made) == ()
-    return made
-
-
-def merged(close, model="1"):
-    digest = model * 64
-    return Merged(
-        round=close.round, close=close.close, base_digest=close.requests[0][1].base_digest, model_digest=digest,
-        momentum_digest=digest, record_digest=digest, update_digest=digest, model_bytes=1, momentum_bytes=1,
-        record_bytes=1, update_bytes=1,
-    )  # fmt: skip
-
-
-def close_round(rounds, *members, model="1"):
-    train(rounds, *members)
-    close = rounds.decide(0.0)
-    assert isinstance(close, Close)
-    outcome = rounds.merged(S, merged(close, model), 0.0)
-    assert isinstance(outcome, Outcome)
-    return outcome
+from tests.protocol.round_book import (
+    SLICES,
+    ZERO,
+    A,
+    B,
+    C,
+    S,
+    T,
+    book,
+    close_round,
+    contribution,
+    merged,
+    report,
+    train,
+)
 
 
 def test_a_round_closes_when_every_member_has_contributed():
@@ -148,6 +100,13 @@ def test_a_contribution_with_samples_that_are_not_its_own_is_excluded_for_good()
     assert rounds.grant(A, request=0, wanted=40) is None, "an excluded lease is given nothing in this round"
     train(rounds, B)
     assert [peer for peer, _, _ in rounds.decide(0.0).requests[0][1].contributors] == ["b"]
+
+
+def test_a_close_names_only_what_is_assigned_when_it_is_made():
+    rounds = book(A, B)
+    train(rounds, A, B)
+    rounds.table.return_member(A, 1)
+    assert list(rounds.accepted()) == [("b", 1)]
 
 
 def test_a_loss_that_is_not_a_number_excludes():
@@ -396,3 +355,12 @@ def test_what_was_excluded_before_a_restart_stays_excluded():
 def test_a_finished_job_stays_finished_after_a_restart():
     rounds = book(chain=ChainState(job_id="job", round=3, model_digest=ZERO), servers=())
     assert rounds.view(0.0).final
+
+
+def test_the_answer_of_a_dead_server_is_not_taken():
+    rounds = book(A)
+    train(rounds, A)
+    close = rounds.decide(0.0)
+    rounds.lease_died(S)
+    assert rounds.merged(S, merged(close), 0.0) == "no Close is awaited from s"
+    assert (rounds.round, rounds.pending) == (1, None)
