@@ -274,23 +274,81 @@ async def test_who_may_not_fetch_and_what_is_not_served_is_refused(autojump_cloc
         assert list(report.detail) == ["dataset book"]
 
 
-async def test_a_manifest_of_another_dataset_is_not_taken(autojump_clock, fabric, directory):
-    async with fabric.node("liar", {"data"}) as liar, fabric.node("sched", {"scheduler"}) as scheduler:
-        data = (directory / MANIFEST_NAME).read_bytes()
-        digest = digest_of_manifest(data)
+@asynccontextmanager
+async def liar(fabric, header, data, dataset="book"):
+    """Announce a dataset and answer every request for it with this."""
+    async with fabric.node("liar", {"data"}) as network:
 
-        async def serve(stream, _header):
-            await stream.send_message(FileHeader(bytes=len(data), digest=digest))
+        async def serve(stream, _wanted):
+            if header is None:
+                await trio.sleep_forever()
+            await stream.send_message(header)
             await stream.send_all(data)
             await stream.send_eof()
 
-        liar.accept_streams(FetchSlice, serve)
-        await liar.provide(provider_key("film"))
-        await trio.sleep(5)
-        machine = runtime("sched")
-        providers = Providers(scheduler, machine, "film")
+        network.accept_streams(FetchSlice, serve)
+        for key in (provider_key(dataset), provider_key(dataset, digest_of_manifest(data))):
+            await network.provide(key)
+        yield network
+
+
+async def fetched_manifest(scheduler, name="book", **options):
+    machine = runtime("sched")
+    return await fetch_manifest(scheduler, machine, Providers(scheduler, machine, name), passes_max=1, **options)
+
+
+async def test_a_manifest_of_another_dataset_is_not_taken(autojump_clock, fabric, directory):
+    data = (directory / MANIFEST_NAME).read_bytes()
+    header = FileHeader(bytes=len(data), digest=digest_of_manifest(data))
+    async with liar(fabric, header, data, "film"), fabric.node("sched", {"scheduler"}) as scheduler:
         with pytest.raises(RemoteProtocolError, match="is that of dataset 'book'"):
-            await fetch_manifest(scheduler, machine, providers, passes_max=1)
+            await fetched_manifest(scheduler, "film")
+
+
+async def test_a_manifest_that_changed_on_the_way_is_not_taken(autojump_clock, fabric, directory):
+    data = (directory / MANIFEST_NAME).read_bytes()
+    header = FileHeader(bytes=len(data), digest="00" * 32)
+    async with liar(fabric, header, data), fabric.node("sched", {"scheduler"}) as scheduler:
+        with pytest.raises(RemoteProtocolError, match=f"digest {digest_of_manifest(data)}, not {'00' * 32}"):
+            await fetched_manifest(scheduler)
+
+
+async def test_a_manifest_too_large_to_read_is_refused_before_it_comes(autojump_clock, fabric, directory):
+    async with (
+        liar(fabric, FileHeader(bytes=2**40, digest="00" * 32), b"x"),
+        fabric.node("sched", {"scheduler"}) as scheduler,
+    ):
+        with pytest.raises(RemoteProtocolError, match="exceeds"):
+            await fetched_manifest(scheduler)
+
+
+async def test_a_manifest_cut_short_is_an_unreachable_provider(autojump_clock, fabric, directory):
+    data = (directory / MANIFEST_NAME).read_bytes()
+    header = FileHeader(bytes=len(data) + 1, digest=digest_of_manifest(data))
+    async with liar(fabric, header, data), fabric.node("sched", {"scheduler"}) as scheduler:
+        with pytest.raises(PeerUnreachable, match="1 bytes before the end"):
+            await fetched_manifest(scheduler)
+
+
+async def test_a_provider_that_never_answers_is_given_up(autojump_clock, fabric, directory):
+    data = (directory / MANIFEST_NAME).read_bytes()
+    async with liar(fabric, None, data), fabric.node("sched", {"scheduler"}) as scheduler:
+        started = trio.current_time()
+        with pytest.raises(PeerUnreachable, match="sent no header for 7 s"):
+            await fetched_manifest(scheduler, stall_s=7)
+        assert trio.current_time() - started < 8
+
+
+async def test_a_provider_that_describes_another_file_is_refused_before_a_byte_is_kept(
+    autojump_clock, fabric, directory, tmp_path
+):
+    dataset = open_dataset(directory)
+    ref = dataset.manifest.train[0]
+    header = FileHeader(bytes=ref.bytes, digest="00" * 32)
+    async with liar(fabric, header, dataset.manifest_bytes), fabric.node("worker", {"worker"}) as worker:
+        with pytest.raises(RemoteProtocolError, match=f"with {ref.digest} were asked for"):
+            await fetch(worker, dataset, tmp_path / "slice", passes_max=1)
+    assert list(tmp_path.glob("slice*")) == []
 
 
 async def test_two_versions_of_one_dataset_are_told_apart_by_digest(autojump_clock, fabric, directory, tmp_path):

@@ -63,6 +63,7 @@ def test_a_manifest_tells_what_is_trained_on_and_what_is_held_out():
         (lambda text: text.replace('name = "text"', 'name = "../text"'), r"\$.name"),
         (lambda text: text.replace("train-00000.", "../train-00000."), r"\$.slices\[0\].name"),
         (lambda text: text.replace("train-00000.safetensors", "/etc/passwd"), r"\$.slices\[0\].name"),
+        (lambda text: text.replace("train-00000.", "train/00000."), r"\$.slices\[0\].name"),
         (lambda text: text.replace("train-00000.safetensors", r"a.safetensors\n"), r"\$.slices\[0\].name"),
         (lambda text: text.replace("samples = 3", "samples = -3"), r"\$.slices\[0\].samples"),
         (lambda text: text.replace("abab", "ABAB"), r"\$.slices\[0\].digest"),

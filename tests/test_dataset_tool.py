@@ -126,6 +126,10 @@ def test_a_file_named_twice_counts_once(text, tmp_path):
 def test_a_limit_takes_a_deterministic_part_of_the_text(text, tmp_path):
     manifest = made([text], tmp_path / "a", max_bytes=20_000)
     assert 19_000 < sum(s.samples for s in manifest.slices) * 32 <= 20_100
+    found = [bytes(row) for split in ("train", "held-out") for row in rows(tmp_path / "a", split)]
+    taken = {n for n in range(40) if any(f"\n{n}:".encode() in row for row in found)}
+    assert 10 < len(taken) < 30
+    assert {n % 3 for n in taken} == {0, 1, 2}
     made([text], tmp_path / "b", max_bytes=20_000)
     assert (tmp_path / "a/dataset.toml").read_bytes() == (tmp_path / "b/dataset.toml").read_bytes()
 
@@ -136,6 +140,7 @@ def test_what_exists_is_replaced_only_by_force_and_only_if_it_is_a_dataset(text,
         made([text], tmp_path / "out")
     made([text], tmp_path / "out", seed=5, force=True)
     assert verify(tmp_path / "out") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text"]
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="not a dataset"):
