@@ -72,17 +72,24 @@ class Coordinator:
         self._sent: tuple[int, bool] | None = None
         self._span: Span = start_span("outer_round", root=True, round=book.round)
         self._wake = trio.Event()
+        self.over = trio.Event()
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Lead the job to its last round. Raises JobFailed when it cannot get there."""
+        """Lead the job to its last round, say so by `over`, and go on answering until cancelled.
+
+        Raises JobFailed when it cannot get there.
+        """
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self.outbox.run)
             task_status.started()
             await self._drive()
-            await self._send_last_words()
-            nursery.cancel_scope.cancel()
+            await self._journal()
+            self._span.end()
+            self._publish()
+            self.over.set()
+            await trio.sleep_forever()
 
     def backoff(self) -> Backoff:
         """Return fresh waits."""
@@ -187,7 +194,8 @@ class Coordinator:
             return
         if self._sent is None or view.round != self.progress.round_open:
             self.progress.opened(view.round, self.runtime.now())
-            log.info("Round opened", round=view.round, view=view.view, members=len(view.members))
+            if view.round <= self.book.terms.updates:
+                log.info("Round opened", round=view.round, view=view.view, members=len(view.members))
         self._sent = (view.view, view.final)
         for peer_id in sorted({lease.peer_id for lease in (*view.members, *view.followers, *view.servers)}):
             self.outbox.put(peer_id, "view", view)
@@ -267,9 +275,3 @@ class Coordinator:
         )
         for peer_id in sorted({worker.member.peer_id for worker in self.pool.live()}):
             self.outbox.put(peer_id, "committed", message)
-
-    async def _send_last_words(self) -> None:
-        """Journal what is left, and give the final view its chance to arrive."""
-        await self._journal()
-        self._span.end()
-        self._publish()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import trio
 from msgspec.structs import replace
 
-from hypha.errors import JobFailed, Refused, StoreError
+from hypha.errors import JobFailed, RemoteProtocolError, StoreError
 from hypha.network.retry import Backoff, insist
 from hypha.network.seam import Network
 from hypha.protocol.job import JobSpec
@@ -151,7 +151,7 @@ class Crew:
                     patience_s=self._table.patience_s,
                     still_wanted=lambda: self._pool.is_live(worker.member),
                 )
-            except Refused as refusal:
+            except RemoteProtocolError as refusal:
                 return str(refusal)
         if answer is None:
             return "its lease ended before it answered"

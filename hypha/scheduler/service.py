@@ -39,6 +39,8 @@ log = get_logger("scheduler")
 
 # The last evaluation and the workers' own exits are worth waiting for, but not for ever.
 FAREWELL_S = 60.0
+# Leases that cannot be given back within this expire by themselves.
+RELEASE_S = 5.0
 FIND_BACKOFF_S = 0.5
 FIND_BACKOFF_MAX_S = 10.0
 
@@ -228,19 +230,23 @@ class Scheduler:
     async def _lead(self, coordinator: Coordinator, crew: Crew, pool: Pool, store: JobStore) -> None:
         """Run everything side by side until the last round is committed, then say goodbye."""
         try:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(pool.run)
+            async with trio.open_nursery() as keeping:
+                await keeping.start(pool.run)
                 Answers(coordinator).register()
-                recruiting = await nursery.start(_cancellable, crew.run)
-                await coordinator.run()
-                recruiting.cancel()
-                await self._farewell(coordinator, pool)
-                nursery.cancel_scope.cancel()
+                try:
+                    async with trio.open_nursery() as working:
+                        recruiting = await working.start(_cancellable, crew.run)
+                        await working.start(coordinator.run)
+                        await coordinator.over.wait()
+                        recruiting.cancel()
+                        await self._farewell(coordinator, pool)
+                        working.cancel_scope.cancel()
+                finally:
+                    with trio.CancelScope(deadline=trio.current_time() + RELEASE_S, shield=True):
+                        await pool.release_all("the job is over")
+                keeping.cancel_scope.cancel()
         except* HyphaError as errors:
             raise _first(errors) from errors
-        finally:
-            with trio.move_on_after(FAREWELL_S / 10, shield=True):
-                await pool.release_all("the job is over")
 
     async def _farewell(self, coordinator: Coordinator, pool: Pool) -> None:
         """Wait for the last evaluation, then let every executor exit by itself."""
