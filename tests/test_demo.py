@@ -20,7 +20,7 @@ from hypha.demo.loglines import LogFile, LogLine, parse
 from hypha.demo.nodes import Cast, free_port, write_configs
 from hypha.demo.performance import environment_for_nodes
 from hypha.demo.processes import BACKOFF_S, RESTARTS_MAX, DemoFailed, processes
-from hypha.demo.progress import Progress
+from hypha.demo.progress import Finished, Progress
 from hypha.errors import ConfigError
 from hypha.gateway import Config as GatewayConfig
 from hypha.scheduler.config import Config as SchedulerConfig
@@ -46,6 +46,7 @@ RUN = [
     said("scheduler", "Job started", job_id="j", job_epoch=1, rounds=2, workers=2, min_workers=2),
     said("scheduler", "Dataset found", dataset="demo-text", digest="d", slices=9, samples=36000),
     said("scheduler", "Worker leased", worker="peer-1", work="train", lease_id="l1", price=1.0),
+    said("scheduler", "Worker leased", worker_peer_id="peer-3", work="aggregate", lease_id="l3", price=1.0),
     said("scheduler", "Worker leased", worker="peer-3", work="aggregate", lease_id="l3", price=1.0),
     said("scheduler", "Held-out loss", round=0, loss=5.54, samples=512),
     committed(1, 640),
@@ -78,9 +79,15 @@ def test_a_run_adds_up(finished):
     assert finished.doing["worker-3"] == "serves parameters"
 
 
+def test_the_export_of_a_job_is_a_command_in_the_runs_directory(tmp_path):
+    files = (str(tmp_path / "configs" / ".." / "state" / "m"), "/elsewhere/job.json")
+    command = commands.export(Finished(*files, samples=1, rounds=1), tmp_path)
+    assert ("state/m" in command.arguments, "/elsewhere/job.json" in command.arguments) == (True, True)
+
+
 def test_people_are_told_what_matters():
     progress = Progress(names={"peer-1": "worker-1"})
-    told = [sentence for line in RUN[:7] if (sentence := progress.take(line)) is not None]
+    told = [sentence for line in RUN[:8] if (sentence := progress.take(line)) is not None]
     assert told[0] == "job j: 2 rounds"
     assert told[2] == "worker-1 is leased at 1 an hour and trains"
     assert told[-1] == "round 1/2: training loss 3.000, 640 samples of 2 workers, 160 a second"
@@ -320,9 +327,10 @@ def test_the_guardian_knows_which_groups_are_left():
 def test_the_guardian_ends_what_a_killed_demo_left():
     sleeper = subprocess.Popen([*python("import time; time.sleep(60)")], start_new_session=True)
     try:
-        watching = subprocess.Popen([sys.executable, "-I", "-S", guardian.__file__], stdin=subprocess.PIPE)
-        watching.communicate(f"+{sleeper.pid}\n".encode(), timeout=30)
-        assert sleeper.wait(timeout=30) == -signal.SIGTERM
+        with subprocess.Popen([sys.executable, "-I", "-S", guardian.__file__], stdin=subprocess.PIPE) as watching:
+            watching.stdin.write(f"+{sleeper.pid}\n".encode())
+            watching.stdin.close()
+            assert sleeper.wait(timeout=30) == -signal.SIGTERM
     finally:
         sleeper.kill()
         sleeper.wait()

@@ -83,9 +83,9 @@ def _directory(wanted: Path | None) -> Path:
     if wanted is not None:
         if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
             raise ConfigError(f"--dir: {wanted} exists and is not an empty directory")
-        return wanted.absolute()
+        return wanted.resolve()
     for number in range(1, DIRECTORIES_TRIED):
         path = Path(DEFAULT_DIRECTORY if number == 1 else f"{DEFAULT_DIRECTORY}-{number}")
         if not path.exists():
-            return path.absolute()
+            return path.resolve()
     raise ConfigError(f"there are {DIRECTORIES_TRIED} runs in {Path.cwd()}; give a directory with --dir")

@@ -95,9 +95,10 @@ def node(name: str, role: str) -> Command:
     return Command(name, (f"hypha-{role}", "run", "-c", f"configs/{name}.toml"))
 
 
-def export(finished: Finished) -> Command:
+def export(finished: Finished, directory: Path) -> Command:
     """Return the command that makes a directory for `from_pretrained` of the job's model."""
-    files = ("--job", finished.job_file, "--model-file", finished.model_file)
+    job, model = (_inside(directory, Path(each)) for each in (finished.job_file, finished.model_file))
+    files = ("--job", job, "--model-file", model)
     tail = ("--out", "model", "--sample", str(SAMPLED_BYTES))
     return Command("export", (sys.executable, "-m", "hypha.training.export", *files, *tail))
 
@@ -124,6 +125,12 @@ def append_to_script(directory: Path, command: Command) -> None:
     """Add a command that is known only now."""
     with (directory / SCRIPT_NAME).open("a") as script:
         script.write(f"{command}\n")
+
+
+def _inside(directory: Path, path: Path) -> str:
+    """Return a path relative to the directory, if it lies in it."""
+    path = path.resolve()
+    return str(path.relative_to(directory) if path.is_relative_to(directory) else path)
 
 
 def _lines(commands: Iterable[Command], *, indent: str) -> str:

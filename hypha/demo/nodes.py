@@ -153,7 +153,7 @@ state_dir = "../state"
 name = "demo"
 dataset = "{dataset}"
 
-# A Llama of 0.8 million parameters whose tokens are bytes, from scratch.
+# A Llama of 0.9 million parameters whose tokens are bytes, from scratch.
 [scheduler.job.model]
 type = "causal-lm"
 seed = 0
@@ -167,7 +167,8 @@ num_hidden_layers = 4
 num_attention_heads = 4
 num_key_value_heads = 4
 max_position_embeddings = {length}
-tie_word_embeddings = true
+tie_word_embeddings = false
+initializer_range = 0.06
 bos_token_id = 0
 eos_token_id = 0
 

@@ -142,7 +142,7 @@ class Performance:
             return (code == EXIT_DONE and finished) or (code == EXIT_FAILED and failed)
 
         async def note_leasing() -> None:
-            await self._until(lambda: self._progress.started)
+            await self._until(lambda: self._progress.opened)
             self._phases["leasing"] = time.monotonic() - began
 
         async with trio.open_nursery() as nursery:
@@ -154,7 +154,7 @@ class Performance:
 
     async def _export(self, running: Processes) -> None:
         assert self._progress.finished is not None
-        command = commands.export(self._progress.finished)
+        command = commands.export(self._progress.finished, self._directory)
         commands.append_to_script(self._directory, command)
         with self._phase("export"):
             said = await self._step(running, command)

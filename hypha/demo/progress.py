@@ -55,7 +55,7 @@ class Progress(Struct):
     samples: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
-    started: bool = False
+    opened: bool = False  # the first round is: leasing is over
     errors: int = 0
     errors_shown: list[str] = field(default_factory=list)
     failure: str | None = None
@@ -105,7 +105,6 @@ class Progress(Struct):
 
 
 def _job_started(progress: Progress, line: LogLine) -> str:
-    progress.started = True
     progress.rounds_wanted = int(line.number("rounds")) or progress.rounds_wanted
     progress.doing[SCHEDULER] = "coordinates"
     return f"job {line.text('job_id')}: {progress.rounds_wanted} rounds"
@@ -115,7 +114,9 @@ def _dataset_found(progress: Progress, line: LogLine) -> str:
     return f"dataset {line.text('dataset')}: {line.text('slices')} slices, {line.text('samples')} samples to train on"
 
 
-def _leased(progress: Progress, line: LogLine) -> str:
+def _leased(progress: Progress, line: LogLine) -> str | None:
+    if not line.text("worker"):
+        return None  # another part of the scheduler says the same in its own words
     name, work = progress.name_of(line.text("worker")), line.text("work")
     progress.leases[line.text("lease_id")] = name
     progress.doing[name] = WORK_IN_WORDS.get(work, work)
@@ -125,6 +126,10 @@ def _leased(progress: Progress, line: LogLine) -> str:
 def _worker_lost(progress: Progress, line: LogLine) -> str:
     name = progress.leases.pop(line.text("lease_id"), None) or progress.name_of(line.text("worker"))
     return f"the lease of {name} is gone: {line.text('reason')}"
+
+
+def _round_opened(progress: Progress, line: LogLine) -> None:
+    progress.opened = True
 
 
 def _round_committed(progress: Progress, line: LogLine) -> str:
@@ -189,6 +194,7 @@ _OF_SCHEDULER: dict[str, Handler] = {
     "Dataset found": _dataset_found,
     "Worker leased": _leased,
     "Worker lost": _worker_lost,
+    "Round opened": _round_opened,
     "Round committed": _round_committed,
     "Held-out loss": _held_out,
     "Job finished": _job_finished,
