@@ -5,6 +5,8 @@ import contextlib
 import pytest
 
 from hypha.errors import StoreError
+from hypha.protocol import manifest
+from hypha.protocol.messages import SliceRef
 from hypha.store.chain import Chain, StoreConflict
 from hypha.store.disk import RealDisk
 from hypha.store.memory_disk import Fault, MemoryDisk, PowerLoss
@@ -87,6 +89,20 @@ def _one_entry():
     objects = DirectoryObjects(disk)
     Chain(objects).append(b"payload")
     return objects, disk
+
+
+def test_the_entries_of_a_job_are_replayed_from_what_the_chain_kept(objects):
+    slices = [SliceRef(name="a.safetensors", samples=10, bytes=100, digest="00" * 32)]
+    kept, state = Chain(objects), manifest.Chain("job", slices)
+    for nonce in ("one", "two"):
+        entry = state.epoch_entry(scheduler="sched", nonce=nonce)
+        link = kept.append(manifest.to_bytes(entry))
+        state.append(link.digest, entry)
+    found = [(link.digest, manifest.from_bytes(link.payload)) for link in Chain(objects).load()]
+    replayed = manifest.replay("job", slices, found)
+    assert replayed == state.state
+    assert (replayed.number, replayed.job_epoch) == (2, found[1][1].job_epoch)
+    assert found[1][1].previous == found[0][0]
 
 
 def commit_all(objects, committed, attempts):
