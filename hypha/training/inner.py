@@ -32,7 +32,7 @@ class Inner(Struct, frozen=True):
     path: Path | None
     steps: int
     offset: int | None
-    rng: torch.Tensor
+    rng: tuple[torch.Tensor, ...]  # of the processor, then of each device
 
 
 class InnerLoop:
@@ -90,7 +90,7 @@ class InnerLoop:
             if parameter in state
         }
         written = save(path, tensors).path if tensors else None
-        return Inner(written, self.steps, self.offset, torch.get_rng_state())
+        return Inner(written, self.steps, self.offset, (torch.get_rng_state(), *torch.cuda.get_rng_state_all()))
 
     def restore(self, kept: Inner) -> None:
         """Go back to what `save` kept."""
@@ -104,7 +104,8 @@ class InnerLoop:
                     "exp_avg_sq": file.read(f"{name}/exp_avg_sq").to(self.device),
                 }
         self.steps, self.offset = kept.steps, kept.offset
-        torch.set_rng_state(kept.rng)
+        torch.set_rng_state(kept.rng[0])
+        torch.cuda.set_rng_state_all(kept.rng[1:])
 
 
 def factor(schedule: Schedule, step: int) -> float:

@@ -110,10 +110,12 @@ def next_move(outlook: Outlook, kept: Mapping[int, Standing], here: int, now: fl
     if update is not None:
         return Apply(update)
     stay = Wait() if kept[here].contributed else Train()
-    if view is None or view.view <= outlook.settled_view:
+    if view is None:
         return stay
     if (view.round, view.base_digest) == (here, kept[here].digest):
         return stay if view.member else Wait()
+    if view.view <= outlook.settled_view:
+        return stay
     return _elsewhere(outlook, view, kept, here, now)
 
 

@@ -55,6 +55,8 @@ IDLE_S = 1.0
 GRANT_BATCHES = 8
 # The mean batch time that is reported covers this many: short enough to follow a machine that becomes busy.
 RECENT_BATCHES = 8
+# A follower, which waits to be made a member, says that often that it is still there.
+HEARTBEAT_S = 10.0
 # A round in which samples or sending were refused is tried again this often, so that one stale answer costs nothing.
 REFUSALS_MAX = 5
 
@@ -85,6 +87,7 @@ class Trainer:
         self.outlook = standing.Outlook()
         self.kept: dict[int, Kept] = {}
         self.here = 0
+        self.reported_at = 0.0
         self.recent_s: deque[float] = deque(maxlen=RECENT_BATCHES)
 
     def run(self) -> None:
@@ -239,11 +242,15 @@ class Trainer:
                 kept.update = None  # sending the same again would not help
                 self._refused(kept, reason, final=True)
             case SendRebase(round=round_, base_digest=digest):
-                target = self.kept.get(round_)
-                if target is None or target.digest != digest:
-                    self.fetch_base()
-                elif round_ != self.here:
-                    self.go_back(round_)
+                self._rebase(round_, digest)
+
+    def _rebase(self, round_: int, digest: str) -> None:
+        """The open round has another base: stand there, by what is kept, by what is on its way, or by fetching."""
+        target = self.kept.get(round_)
+        if target is not None and target.digest == digest and round_ != self.here:
+            self.go_back(round_)
+        elif not self._called_away():  # nothing known here leads there
+            self.fetch_base()
 
     def _refused(self, kept: Kept, reason: str, *, final: bool) -> None:
         kept.refusals += final
@@ -300,6 +307,8 @@ class Trainer:
         event = self.session.next_event(IDLE_S)
         if event is not None:
             self.outlook.take(event)
+        if time.monotonic() - self.reported_at > HEARTBEAT_S and not self.kept[self.here].contributed:
+            self._ready()
 
     def _next(self) -> standing.Move:
         return standing.next_move(self.outlook, self.kept, self.here, time.monotonic())
@@ -309,6 +318,7 @@ class Trainer:
         return not isinstance(self._next(), standing.Train)
 
     def _report(self, report: Report) -> Instruction:
+        self.reported_at = time.monotonic()
         answer = self.session.report(report)
         if isinstance(answer, Finish):
             self.outlook.over = "the scheduler is done"

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from hypha.protocol.bridge import BaseReady, NoSamples, ResumeFetched, SendUpdate, TrainProgress
 from hypha.protocol.job import ResumePoint, Rounds
-from hypha.training import tensors
+from hypha.training import tensors, train
 from tests.training.running import finish, start_server, start_workers, wait
 from tests.training.tiny_network import Job, job_spec, ref
 
@@ -189,6 +189,30 @@ def test_a_late_joiner_stands_on_the_newest_base_and_contributes(tmp_path):
         finish(job, server, [*early, *late])
         assert stood_on(job.workers[1])[0] == outcome(job.rounds[0])
         assert [done.round for done in job.rounds] == [1, 2, 3]
+
+
+def test_a_follower_follows_says_that_it_is_there_and_then_contributes(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HEARTBEAT_S", 0.0)
+    monkeypatch.setattr(train, "IDLE_S", 0.01)
+
+    class Following(Job):
+        """worker-1 is no member of round 1, which closes once it was heard of again."""
+
+        def members(self):
+            return self.workers[:1] if self.round == 1 else self.workers
+
+        def judged(self, report):
+            self.screened += 1
+            if self.round == 1:
+                assert self.changed.wait_for(lambda: len(stood_on(self.workers[1])) > 1, 30)
+            if self.screened == len(self.members()):
+                self.merge()
+
+    with Following(tmp_path, workers=2, sync_after=2) as job:
+        finish(job, start_server(job), start_workers(job))
+        trained = [one.round for one in job.workers[1].reports if isinstance(one, TrainProgress)]
+        assert trained == [2, 2, 3, 3]
+        assert outcome(job.rounds[0]) in stood_on(job.workers[1])
 
 
 def test_a_server_that_resumes_replays_records_to_the_same_bits(tmp_path):

@@ -55,6 +55,7 @@ def kept(**rounds):
         (outlook(), kept(r1="a"), 1, Train()),
         (outlook(view(1, 1, "a")), kept(r1="a"), 1, Train()),
         (outlook(view(1, 1, "a", member=False)), kept(r1="a"), 1, Wait()),
+        (outlook(view(1, 1, "a", member=False), settled=True), kept(r1="a"), 1, Wait()),
         (outlook(view(1, 1, "a")), kept(r1="A"), 1, Wait()),
         (outlook(Stop(reason="cancelled")), kept(r1="a"), 1, Finish("cancelled")),
         (outlook(view(1, 1, "a", final=True)), kept(r1="a"), 1, Finish("the last round is over")),

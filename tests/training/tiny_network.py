@@ -234,16 +234,19 @@ class Job:
 
     def show_view(self, *, final=False):
         self.view += 1
-        view = ViewChanged(
-            view=self.view,
-            round=self.round,
-            base_digest=self.base.digest,
-            member=True,
-            committed_round=max(0, self.round - 2),
-            final=final,
-        )
         for machine in self.workers:
+            view = ViewChanged(
+                view=self.view,
+                round=self.round,
+                base_digest=self.base.digest,
+                member=machine in self.members(),
+                committed_round=max(0, self.round - 2),
+                final=final,
+            )
             machine.bridge.push(view)
+
+    def members(self):
+        return self.workers
 
     def judged(self, report):
         """The round closes when the last update was found sound."""
