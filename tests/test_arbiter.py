@@ -127,20 +127,29 @@ async def test_no_offer_where_there_is_no_fit_and_the_log_says_so(cast, autojump
 
 async def test_only_a_scheduler_may_ask_and_only_for_itself(cast, autojump_clock):
     async with (
-        cast.worker("w") as worker,
+        cast.worker("w", cpu=4) as worker,
         cast.fabric.node("s", {"scheduler"}) as network,
         cast.fabric.node("x", {"worker"}) as stranger,
         cast.fabric.node("t", {"scheduler"}) as thief,
     ):
-        desk = Desk(network)
+        desk, others = Desk(network), [Desk(stranger), Desk(thief)]
         await stranger.publish(TOPIC_WORKER, advertised(stranger, "not a scheduler"))
         await thief.publish(TOPIC_WORKER, advertised(network, "in another's name"))
         await thief.publish(TOPIC_WORKER, advertised(thief, "bad addresses", addresses=b"x" * 64))
         await trio.sleep(LONG_ENOUGH_S)
-        assert (desk.offers, worker.leases()) == ([], [])
+        assert (desk.offers, worker.leases(), [other.offers for other in others]) == ([], [], [[], []])
         await desk.advertise("honest")
         await trio.sleep(LONG_ENOUGH_S)
         assert desk.answered == ["honest"]
+
+
+async def test_what_cannot_be_answered_takes_no_room_from_what_can(cast, autojump_clock):
+    async with cast.worker("w"), cast.fabric.node("s", {"scheduler"}) as network:
+        desk = Desk(network)
+        await desk.advertise("rich but unreachable", ask(bid=1000), addresses=b"x" * 64)
+        await desk.advertise("poor but honest", ask(bid=1))
+        await trio.sleep(LONG_ENOUGH_S)
+        assert desk.answered == ["poor but honest"]
 
 
 async def test_a_refused_offer_is_taken_back_at_once(cast, autojump_clock):

@@ -5,7 +5,8 @@
                                                                                 winners: accepted, all at once
                                                         below a minimum: everything is given back before returning
 
-One call is one auction and one trace, from the advertisement to the first renewals. `find` repeats it with backoff.
+One call is one auction and one trace, from the advertisement to the first renewals. Whoever calls repeats it with
+backoff.
 """
 
 from collections.abc import Sequence
@@ -28,9 +29,6 @@ WORKERS = frozenset({"worker"})
 # The first offers cannot come before the workers' windows of 200 ms have closed; silence beyond that may be a gossip
 # mesh that is not formed yet, which takes a second.
 AGAIN_BASE_S = 0.5
-AGAIN_MAX_S = 2.0
-# How far the rest between two auctions may grow, in multiples of the first.
-RETRY_GROWTH_MAX = 8
 log = get_logger("scheduler.allocator")
 
 
@@ -75,7 +73,11 @@ class _Running:
 
 
 class Allocator:
-    """Holds auctions for one job. Serves WorkerOffer on its network from the start."""
+    """Holds auctions for one job. Serves WorkerOffer on its network from the start.
+
+    Offers are welcome for `welcome_s` after an advertisement; while none has come it is published again, at most
+    `retry_s` apart. `first_fraction` of the workers are asked, twice as many in every auction after one that fell short.
+    """
 
     def __init__(
         self,
@@ -130,17 +132,6 @@ class Allocator:
         self._note(allocation)
         return allocation
 
-    async def find(self, asks: Sequence[Wanted], *, within_s: float) -> Allocation:
-        """Repeat `allocate` with backoff until some workers, so at least the minima, are leased or time is up."""
-        give_up_at = self._runtime.now() + within_s
-        backoff = Backoff(self._runtime, base_s=self._retry_s, max_s=RETRY_GROWTH_MAX * self._retry_s)
-        while True:
-            allocation = await self.allocate(asks)
-            rest_s = backoff.next_s()
-            if allocation.workers or self._runtime.now() + rest_s >= give_up_at:
-                return allocation
-            await self._runtime.sleep(rest_s)
-
     # --- the auction --------------------------------------------------------------------------------------------------
 
     async def _receive(self, peer: Peer, offer: WorkerOffer) -> Ack:
@@ -173,7 +164,7 @@ class Allocator:
 
     async def _publish(self, running: _Running) -> None:
         """Publish, and again while no offer has come; who has heard it already passes the repetition over."""
-        backoff = Backoff(self._runtime, base_s=AGAIN_BASE_S, max_s=AGAIN_MAX_S)
+        backoff = Backoff(self._runtime, base_s=min(AGAIN_BASE_S, self._retry_s), max_s=self._retry_s)
         welcome_until = self._runtime.now() + self._welcome_s
         advertisement_id = running.auction.advertisement_id
         log.info(

@@ -176,7 +176,7 @@ class Pool:
         metrics.ACTIVE_WORKERS.add(1)
         self._nursery.start_soon(self._keep, worker)
         log.info(
-            "Worker leased", lease_id=held.lease_id, worker_peer_id=held.worker, work=worker.work, price=worker.price
+            "Lease accepted", lease_id=held.lease_id, worker_peer_id=held.worker, work=worker.work, price=worker.price
         )
         return worker
 
@@ -253,7 +253,7 @@ class Pool:
                 with span_from(None, "renewal", lease_id=held.lease_id, worker_peer_id=held.worker):
                     await self._renew(held)
         if self._remove(worker):
-            log.warn("Lease lost", lease_id=held.lease_id, worker_peer_id=held.worker, reason=held.reason)
+            log.info("Lease lost", lease_id=held.lease_id, worker_peer_id=held.worker, reason=held.reason)
             self._return(held)
             self._died(worker, held.reason)
 

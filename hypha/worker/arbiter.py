@@ -80,6 +80,10 @@ class Arbiter:
             return f"it names {message.scheduler} as its scheduler but was signed by {signer.peer_id}"
         if signer.roles and "scheduler" not in signer.roles:
             return f"its signer holds {', '.join(sorted(signer.roles))}, not scheduler"
+        try:
+            self._network.learn(message.scheduler, message.addresses)
+        except RemoteProtocolError as error:
+            return str(error)
         fraction = hash_fraction(message.advertisement_id, self._network.peer_id)
         return self._gather.hear(message, hash_fraction=fraction, now=self._runtime.now())
 
@@ -118,11 +122,7 @@ class Arbiter:
     async def _grant(self, plan: OfferPlan) -> Lease | None:
         advertisement = plan.advertisement
         try:
-            self._network.learn(advertisement.scheduler, advertisement.addresses)
             fence = await self._fences.take()
-        except RemoteProtocolError as error:
-            log.debug("Advertisement passed over", peer_id=advertisement.scheduler, reason=str(error))
-            return None
         except StoreError as error:
             self._fence_trouble.log_when_changed("fences", f"No offers without a new fence: {error}")
             return None
