@@ -123,7 +123,7 @@ class Evaluator:
                 if self._closed:
                     return
                 batch = preprocess(rows)
-                predictions = predicted(batch)
+                predictions = predicted(batch, shifted=self._job.model.type in models.NEXT_TOKEN_TASKS)
                 total += float(loss_of(model, batch, self._device)) * predictions
                 count, samples = count + predictions, samples + len(next(iter(rows.values())))
         loss = total / count if count else math.nan

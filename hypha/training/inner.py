@@ -125,13 +125,8 @@ def factor(schedule: Schedule, step: int) -> float:
 
 
 def loss_of(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Return the model's own loss. A batch of `input_ids` without `labels` is its own target (causal-lm).
-
-    Raises JobFailed when the model computes none.
-    """
+    """Return the model's own loss. Raises JobFailed when the model computes none."""
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-    if "labels" not in inputs and "input_ids" in inputs:
-        inputs["labels"] = inputs["input_ids"]
     try:
         output: Any = model(**inputs)
     except TypeError as error:
@@ -142,10 +137,7 @@ def loss_of(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tenso
     return loss
 
 
-def predicted(batch: Batch) -> int:
-    """How many predictions the loss of a batch is the mean over: tokens after the first of each row, or labels."""
-    labels = batch.get("labels", batch.get("input_ids"))
-    assert labels is not None, "a batch without labels has no loss"
-    if "input_ids" in batch and labels.shape == batch["input_ids"].shape:
-        labels = labels[:, 1:]
-    return int((labels != IGNORED_LABEL).sum())
+def predicted(batch: Batch, *, shifted: bool) -> int:
+    """How many predictions a batch's loss is the mean over: its labels, less the first of each row if `shifted`."""
+    labels = batch["labels"]
+    return int(((labels[:, 1:] if shifted else labels) != IGNORED_LABEL).sum())

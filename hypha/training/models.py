@@ -78,6 +78,9 @@ TASKS = {
     "zero-shot-object-detection": "AutoModelForZeroShotObjectDetection",
 }
 
+# Tasks whose models predict each token from those before it: without labels the text is its own target.
+NEXT_TOKEN_TASKS = {"causal-lm", "image-text-to-text", "multimodal-lm"}
+
 LAYERS: dict[str, type[nn.Module]] = {
     "batch-norm": nn.BatchNorm1d,
     "conv1d": nn.Conv1d,

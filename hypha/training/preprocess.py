@@ -29,10 +29,14 @@ Batch = dict[str, torch.Tensor]
 
 
 class Preprocessor:
-    """Callable on batches; without a specification it passes them on. Raises ConfigError naming the key."""
+    """Callable on batches; without a specification it passes them on. Raises ConfigError naming the key.
 
-    def __init__(self, spec: PreprocessorSpec | None, source: Path | None) -> None:
+    With `own_target`, a batch of `input_ids` without `labels` gets them as its labels.
+    """
+
+    def __init__(self, spec: PreprocessorSpec | None, source: Path | None, *, own_target: bool = False) -> None:
         self._spec = spec
+        self._own_target = own_target
         self._processor: Any = None
         if spec is None:
             return
@@ -49,19 +53,23 @@ class Preprocessor:
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch as the model wants it. Raises JobFailed naming the tensor that is missing."""
-        if self._spec is None:
-            return batch
+        made = batch if self._spec is None else self._processed(batch, self._spec)
+        if self._own_target and "labels" not in made and "input_ids" in made:
+            return {**made, "labels": made["input_ids"]}
+        return made
+
+    def _processed(self, batch: Batch, spec: PreprocessorSpec) -> Batch:
         arguments: dict[str, Any] = {}
-        for argument, tensor in self._spec.inputs.items():
+        for argument, tensor in spec.inputs.items():
             if tensor not in batch:
                 raise JobFailed(f"preprocessor: the dataset has no tensor {tensor!r}, only {sorted(batch)}")
             arguments[argument] = texts(batch[tensor]) if argument == TEXT else list(batch[tensor].numpy())
-        padding = {"padding": True, "truncation": True} if self._spec.type == TOKENIZER else {}
+        padding = {"padding": True, "truncation": True} if spec.type == TOKENIZER else {}
         try:
             made = self._processor(**arguments, **padding, return_tensors="pt")
         except (TypeError, ValueError) as error:
             raise JobFailed(f"preprocessor: {error}") from error
-        used = set(self._spec.inputs.values())
+        used = set(spec.inputs.values())
         return {**{name: rows for name, rows in batch.items() if name not in used}, **made}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from hypha.errors import RemoteProtocolError
 from hypha.protocol.bridge import FetchSource, SourceFetched
 from hypha.protocol.job import JobSpec
+from hypha.training.models import NEXT_TOKEN_TASKS
 from hypha.training.preprocess import Preprocessor
 from hypha.training.session import Session
 
@@ -21,5 +22,6 @@ def fetch_source(session: Session, job: JobSpec, what: str = "model") -> Path | 
 
 
 def fetch_preprocessor(session: Session, job: JobSpec) -> Preprocessor:
-    """The job's preprocessor, or one that changes nothing."""
-    return Preprocessor(job.preprocessor, fetch_source(session, job, "preprocessor"))
+    """The job's preprocessor, or one that does as good as nothing."""
+    own_target = job.model.type in NEXT_TOKEN_TASKS
+    return Preprocessor(job.preprocessor, fetch_source(session, job, "preprocessor"), own_target=own_target)

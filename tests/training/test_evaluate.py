@@ -24,7 +24,7 @@ class Worker:
         self.gate.set()
 
     def fetch_patiently(self, _request, *, leave):
-        assert not leave()
+        del leave
         return HeldOutFetched(paths=("held.safetensors",))
 
     def report(self, report):

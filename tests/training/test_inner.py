@@ -127,8 +127,9 @@ def test_a_model_without_a_loss_is_a_clear_failure():
 
 
 def test_predictions_are_counted_per_token_after_the_first_or_per_label():
-    assert predicted({"input_ids": torch.zeros(3, 10)}) == 27
     labels = torch.zeros(3, 10)
+    assert predicted({"labels": labels}, shifted=True) == 27
+    assert predicted({"labels": labels}, shifted=False) == 30
     labels[:, :5] = -100
-    assert predicted({"input_ids": torch.zeros(3, 10), "labels": labels}) == 15
-    assert predicted({"inputs": torch.zeros(3, 10), "labels": torch.zeros(3)}) == 3
+    assert predicted({"labels": labels}, shifted=True) == 15
+    assert predicted({"labels": torch.zeros(3)}, shifted=False) == 3

@@ -33,6 +33,13 @@ def test_without_a_processor_batches_pass():
     assert Preprocessor(None, None)(batch) is batch
 
 
+def test_text_is_its_own_target_where_the_task_is_to_go_on_with_it():
+    made = Preprocessor(None, None, own_target=True)({"input_ids": torch.ones(2, 3)})
+    assert torch.equal(made["labels"], torch.ones(2, 3))
+    labelled = {"input_ids": torch.ones(2, 3), "labels": torch.zeros(2, 3)}
+    assert Preprocessor(None, None, own_target=True)(labelled)["labels"] is labelled["labels"]
+
+
 def test_text_becomes_padded_tokens_and_labels_pass(tokenizer):
     batch = {"review": rows("good film", "bad"), "labels": torch.tensor([1, 0])}
     made = Preprocessor(spec(tokenizer), tokenizer)(batch)
