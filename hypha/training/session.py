@@ -119,9 +119,8 @@ class Session:
         return answer
 
     def post_otlp(self, path: str, body: bytes) -> None:
-        """Hand an OTLP request to the worker; its kind ends `path`. Raises BridgeClosed, BridgeRefused."""
-        kind = path.rsplit("/", 1)[-1]
-        response = self._post("/telemetry", body, "application/x-protobuf", TELEMETRY_TIMEOUT_S, {"kind": kind})
+        """Hand an OTLP request to the worker; `path` says its kind. Raises BridgeClosed, BridgeRefused."""
+        response = self._post(path, body, "application/x-protobuf", TELEMETRY_TIMEOUT_S)
         if response.status_code >= 400:
             raise BridgeRefused(f"telemetry: HTTP {response.status_code}", retry=False)
 
@@ -165,16 +164,12 @@ class Session:
             raise RemoteProtocolError(f"worker answered {path} with HTTP {response.status_code}: {fault}") from fault
         raise BridgeRefused(error.reason, retry=error.retry)
 
-    def _post(
-        self, path: str, body: bytes, content_type: str, timeout_s: float | None, params: dict[str, str] | None = None
-    ) -> httpx.Response:
+    def _post(self, path: str, body: bytes, content_type: str, timeout_s: float | None) -> httpx.Response:
         if self._gone.is_set():
             raise BridgeClosed(self._fault)
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         try:
-            return self._http.post(
-                path, content=body, params=params, headers={"content-type": content_type}, timeout=timeout
-            )
+            return self._http.post(path, content=body, headers={"content-type": content_type}, timeout=timeout)
         except (httpx.TransportError, RuntimeError) as error:  # RuntimeError: the client was closed meanwhile
             raise BridgeClosed(f"bridge: {error or type(error).__name__}") from error
 

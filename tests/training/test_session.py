@@ -9,6 +9,7 @@ import pytest
 
 from hypha.errors import RemoteProtocolError
 from hypha.protocol.bridge import FetchBase, Finish, NoSamples, Screened, Stop
+from hypha.telemetry import bridge_path
 from hypha.training.session import BridgeClosed, BridgeRefused, Session
 from tests.training.fake_bridge import FakeBridge, Refusal
 
@@ -117,5 +118,5 @@ def test_a_socket_that_is_not_there_is_a_closed_bridge(tmp_path):
 
 def test_telemetry_is_posted_by_kind(bridge):
     with Session(bridge.path) as session:
-        session.post_otlp("/telemetry/v1/traces", b"\x00bytes")
+        session.post_otlp(bridge_path("traces"), b"\x00bytes")
     assert bridge.answers.otlp == [("traces", b"\x00bytes")]
