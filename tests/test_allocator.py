@@ -137,19 +137,23 @@ async def test_without_anybody_it_gives_up_when_offers_are_not_welcome_any_more(
         assert trio.current_time() - began == pytest.approx(WELCOME_S, abs=0.01)
 
 
-async def test_an_advertisement_that_nobody_heard_is_repeated_in_the_same_auction(cast, autojump_clock):
-    async with cast.scheduler() as scheduler, trio.open_nursery() as nursery:
+@pytest.mark.parametrize("early", [(), ("early",)], ids=["nobody heard", "one heard"])
+async def test_an_advertisement_not_heard_by_enough_is_repeated_in_the_same_auction(cast, autojump_clock, early):
+    async with AsyncExitStack() as stack:
+        await workers(cast, stack, *early)
+        scheduler = await stack.enter_async_context(cast.scheduler())
         outcome = []
 
         async def allocate():
-            outcome.append(await allocator(scheduler).allocate([wanted("train")]))
+            outcome.append(await allocator(scheduler).allocate([wanted("train", 1 + len(early))]))
             nursery.cancel_scope.cancel()
 
-        nursery.start_soon(allocate)
-        await trio.sleep(0.1)
-        async with cast.worker("late"):
-            await trio.sleep_forever()
-    assert leased(outcome[0]) == [("train", "late", 100)]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(allocate)
+            await trio.sleep(0.1)
+            async with cast.worker("late"):
+                await trio.sleep_forever()
+        assert leased(outcome[0]) == [("train", name, 100) for name in (*early, "late")]
 
 
 async def test_distinct_peers_are_preferred_over_those_held_already(cast, autojump_clock):

@@ -1,7 +1,7 @@
 """The allocator: one advertisement, the offers that answer it, and the workers leased from them (design §5).
 
     allocate(asks) ─ publish ─▶ gossip …… workers …… WorkerOffer ─▶ Auction ─ decide ─▶ Closed
-                     └ again while nobody has answered                          losers: declined at once
+                     └ again while too few have answered                        losers: declined at once
                                                                                 winners: accepted, all at once
                                                         below a minimum: everything is given back before returning
 
@@ -26,8 +26,8 @@ from hypha.scheduler.pool import TICK_S, LeasedWorker, NotHeld, Pool, Work
 from hypha.telemetry import ChangeLogger, get_logger, span_from
 
 WORKERS = frozenset({"worker"})
-# The first offers cannot come before the workers' windows of 200 ms have closed; silence beyond that may be a gossip
-# mesh that is not formed yet, which takes a second.
+# The first offers cannot come before the workers' windows of 200 ms have closed; who is missing beyond that may not
+# have heard: a gossip mesh takes a second to form.
 AGAIN_BASE_S = 0.5
 log = get_logger("scheduler.allocator")
 
@@ -75,8 +75,8 @@ class _Running:
 class Allocator:
     """Holds auctions for one job. Serves WorkerOffer on its network from the start.
 
-    Offers are welcome for `welcome_s` after an advertisement; while none has come it is published again, at most
-    `retry_s` apart. `first_fraction` of the workers are asked, twice as many in every auction after one that fell short.
+    Offers are welcome for `welcome_s` after an advertisement; until there are enough it is published again, at most
+    `retry_s` apart. `first_fraction` of the workers are asked, twice as many in each auction after one that fell short.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Allocator:
         return verdict
 
     async def _publish(self, running: _Running) -> None:
-        """Publish, and again while no offer has come; who has heard it already passes the repetition over."""
+        """Publish until the auction closes; who has heard it already passes the repetitions over."""
         backoff = Backoff(self._runtime, base_s=min(AGAIN_BASE_S, self._retry_s), max_s=self._retry_s)
         welcome_until = self._runtime.now() + self._welcome_s
         advertisement_id = running.auction.advertisement_id
@@ -173,7 +173,7 @@ class Allocator:
             job_id=self._job_id,
             asks=", ".join(f"{want.ask.count} {want.ask.work} at {want.ask.bid:g}" for want in running.wants),
         )
-        while not running.pending and (left_s := welcome_until - self._runtime.now()) > 0:
+        while (left_s := welcome_until - self._runtime.now()) > 0:
             advertisement = TaskAdvertisement(
                 advertisement_id=advertisement_id,
                 scheduler=self._network.peer_id,
