@@ -174,10 +174,10 @@ def demo(
     json: Json = False,
 ) -> None:
     """Start a whole network on this machine, train a small model on real text, report, and stop it."""
-    from hypha import demo as run_demo
+    from hypha.demo import main as run_demo
 
     raise typer.Exit(
-        run_demo.main(text=text or [], workers=workers, rounds=rounds, directory=directory, otlp=otlp, json=json)
+        run_demo(text=text or [], workers=workers, rounds=rounds, directory=directory, otlp=otlp, json=json)
     )
 
 
