@@ -92,12 +92,23 @@ def test_a_worker_without_samples_contributes_nothing_and_keeps_up(tmp_path):
         assert stood_on(job.workers[1])[1:3] == [outcome(done) for done in job.rounds[:2]]
 
 
-class Lossy(Job):
-    """The outcome of round 2's first close reaches the workers, and is lost before it is committed."""
+class SameRows(Job):
+    """Every grant is of the same rows, so that what a round gives does not depend on what was asked for before."""
+
+    def grant(self, machine, round_, wanted):
+        self.next_row = 0
+        return super().grant(machine, round_, wanted)
+
+
+class Lossy(SameRows):
+    """The outcome of round 2's first close is trained on by everyone, and is lost before it is committed."""
 
     lost = None
     opened_again = False
-    sent: ClassVar[list[tuple[str, SendUpdate]]] = []
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.sent = []
 
     def send(self, machine, update):
         if update.round == 2:
@@ -114,14 +125,27 @@ class Lossy(Job):
     def report(self, machine, report):
         answer = super().report(machine, report)
         if self.lost and not self.opened_again:
-            self.opened_again = all(outcome(self.lost) in stood_on(one) for one in self.workers)
+            self.opened_again = all(self.went_on(one) for one in self.workers)
             if self.opened_again:
                 self.open_round(2, self.base)  # a new view with the old base; the held updates are forgotten
         return answer
 
+    def went_on(self, machine):
+        return any(isinstance(report, TrainProgress) and report.round == 3 for report in machine.reports)
+
+    def grant(self, machine, round_, wanted):
+        if round_ == 3 and self.round == 2:
+            self.round = 3  # as if a view of round 3 had been out
+            granted = super().grant(machine, round_, wanted)
+            self.round = 2
+            return granted
+        return super().grant(machine, round_, wanted)
+
 
 def test_a_close_that_was_lost_is_undone_and_the_update_sent_again(tmp_path):
-    with Lossy(tmp_path, workers=2, sync_after=4) as job:
+    (tmp_path / "lossy").mkdir()
+    (tmp_path / "calm").mkdir()
+    with Lossy(tmp_path / "lossy", workers=2, sync_after=4) as job:
         finish(job, start_server(job), start_workers(job))
         assert [done.round for done in job.rounds] == [1, 2, 3]
         assert job.rounds[1].model.digest == job.lost.model.digest
@@ -129,6 +153,10 @@ def test_a_close_that_was_lost_is_undone_and_the_update_sent_again(tmp_path):
         for name in ("worker-0", "worker-1"):
             first, again = [update for sender, update in job.sent if sender == name]
             assert (first.file, first.intervals) == (again.file, again.intervals)
+    # Round 3 begins with the inner state that round 2 left, although round 3 had been begun before.
+    with SameRows(tmp_path / "calm", workers=2, sync_after=4) as calm:
+        finish(calm, start_server(calm), start_workers(calm))
+        assert [done.model.digest for done in calm.rounds] == [done.model.digest for done in job.rounds]
 
 
 def test_an_update_that_is_damaged_is_replaced_by_the_whole_model(tmp_path):
@@ -215,6 +243,41 @@ def test_a_follower_follows_says_that_it_is_there_and_then_contributes(tmp_path,
         assert outcome(job.rounds[0]) in stood_on(job.workers[1])
 
 
+class Unsettled(SameRows):
+    """Where `disturb`, the worker is no member for a while in the middle of a round."""
+
+    disturb = False
+    excluded = False
+
+    def members(self):
+        return [] if self.excluded else self.workers
+
+    def report(self, machine, report):
+        if self.disturb and isinstance(report, TrainProgress) and report.batches == 5:
+            self.disturb, self.excluded = False, True
+            self.show_view()
+        elif self.excluded and isinstance(report, BaseReady):
+            self.excluded = False
+            self.show_view()
+        return super().report(machine, report)
+
+
+def test_a_round_that_was_left_is_trained_again_from_its_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HEARTBEAT_S", 0.0)
+    monkeypatch.setattr(train, "IDLE_S", 0.01)
+    rounds = Rounds(updates=1, samples_between_updates=512, max_batch_size=8)
+    digests = []
+    for disturb in (False, True):
+        (tmp_path / str(disturb)).mkdir()
+        with Unsettled(tmp_path / str(disturb), job_spec(rounds=rounds), workers=1) as job:
+            job.disturb = disturb
+            finish(job, start_server(job), start_workers(job))
+            digests.append(job.rounds[0].model.digest)
+            begun = [one.batches for one in job.workers[0].reports if isinstance(one, TrainProgress)].count(1)
+            assert begun == (2 if disturb else 1)
+    assert digests[0] == digests[1]
+
+
 def test_a_server_that_resumes_replays_records_to_the_same_bits(tmp_path):
     class Keeping(Job):
         """Everything a store would have kept."""
@@ -258,3 +321,11 @@ def test_files_of_committed_rounds_are_removed(tmp_path):
         at_worker = {path.name for path in job.workers[0].dir.glob("*.safetensors")}
         gone = ("update-1", "inner-1", "base-1", "arrived-1", "arrived-2")
         assert {name for name in at_worker if name.startswith(gone)} == set()
+
+
+def test_the_next_update_says_as_well_that_a_round_was_committed(tmp_path):
+    with Job(tmp_path, workers=1, sync_after=2) as job:
+        job.tells_commits = False
+        finish(job, start_server(job), start_workers(job))
+        assert list(job.workers[0].dir.glob("update-1.safetensors")) == []
+        assert list(job.workers[0].dir.glob("inner-1.safetensors")) == []
