@@ -152,7 +152,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
     }
-    print_report("placement", [Figure("p50", statistics.median(taken), P50_WANTED_MS, "lower", "ms")], detail)
+    print_report("placement", [Figure("p50", round(statistics.median(taken), 1), P50_WANTED_MS, "lower", "ms")], detail)
 
 
 if __name__ == "__main__":
