@@ -45,7 +45,6 @@ def run(
 ) -> int:
     """Do `work` as a whole process would, and return its exit code."""
     given = _parse(name, arguments)
-    torch.set_num_threads(int(os.environ.get("HYPHA_THREADS", "1")))
     try:
         with Session(given.socket, on_lost=on_lost) as session:
             return _work(work, name, session, given)
@@ -65,6 +64,7 @@ def _parse(name: str, arguments: Sequence[str] | None) -> argparse.Namespace:
 def _work(work: Work, name: str, session: Session, given: argparse.Namespace) -> int:
     telemetry = executor_start(f"hypha-{name}", session.post_otlp)
     try:
+        torch.set_num_threads(_threads(os.environ.get("HYPHA_THREADS", "1")))
         work(session, load_job(given.job), given.work_dir.absolute())
     except BridgeClosed:
         raise
@@ -78,6 +78,12 @@ def _work(work: Work, name: str, session: Session, given: argparse.Namespace) ->
     finally:
         telemetry.shutdown(TELEMETRY_SHUTDOWN_S)
     return 0
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"HYPHA_THREADS: {text!r} is not a number of threads")
+    return int(text)
 
 
 def load_job(path: Path) -> JobSpec:

@@ -79,6 +79,13 @@ def test_a_loss_that_is_not_finite_ends_the_job_and_names_the_step(poison, said)
         loop.step(bad, round_=2)
 
 
+def test_gradients_are_clipped_to_the_norm():
+    loop = InnerLoop(models.build(SPEC), InnerOptimizer(clip_norm=0.01), CPU)
+    loop.step(batch(1), round_=1)
+    norm = torch.stack([parameter.grad.norm() for parameter in loop.model.parameters()]).norm()
+    assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
 def test_a_kept_inner_state_is_gone_back_to_to_the_last_bit(tmp_path):
     loop = InnerLoop(models.build(SPEC), ADAMW, CPU)
     for seed in range(3):

@@ -158,6 +158,13 @@ def test_a_job_that_cannot_be_read_is_named(tmp_path):
         assert "job.json: Expected `str`, got `int` - at `$.job_id`" in failed(job.server)[0]
 
 
+def test_a_number_of_threads_that_is_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYPHA_THREADS", "many")
+    with Job(tmp_path, workers=1) as job:
+        assert run_here(job, job.server, "aggregate") == 1
+        assert failed(job.server) == ["HYPHA_THREADS: 'many' is not a number of threads"]
+
+
 def test_an_executor_without_a_bridge_ends_with_a_failure(tmp_path):
     words = ["--socket", str(tmp_path / "nothing"), "--work-dir", str(tmp_path), "--job", str(tmp_path / "job.json")]
     assert train.main(words) == 1
