@@ -33,6 +33,7 @@ ANNOUNCEMENTS_PER_WINDOW_MAX = KEYS_MAX
 # Kademlia's k: the closest peers asked for providers.
 ASKED_MAX = 20
 LOOKUP_S = 6.0
+MEASURE_S = 10.0
 
 log = get_logger("network.dht")
 
@@ -60,6 +61,7 @@ class Dht:
         """Take part while the context is open."""
         async with background_trio_service(self._kad), trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_announcing)
+            nursery.start_soon(self._measure)
             yield
             nursery.cancel_scope.cancel()
 
@@ -69,7 +71,6 @@ class Dht:
             await self._ask_for(peer_id, self._me)
             await self._kad.add_peer(peer_id, skip_server_mode_check=True)
         self._announce_now.set()
-        self.measure()
 
     async def provide(self, key: str) -> None:
         """Announce the key now, and again and again."""
@@ -99,10 +100,6 @@ class Dht:
             if not self._knows(peer_id):
                 await self._closest(peer_id.to_bytes())
         metrics.DHT_QUERIES.add(1, status="success" if self._knows(peer_id) else "failure")
-
-    def measure(self) -> None:
-        """Report the size of the routing table."""
-        metrics.DHT_TABLE_PEERS.set(self._kad.get_routing_table_size())
 
     def _knows(self, peer_id: ID) -> bool:
         try:
@@ -156,4 +153,8 @@ class Dht:
             self._announce_now = trio.Event()
             for key in sorted(self._keys):
                 await self._announce(key)
-            self.measure()
+
+    async def _measure(self) -> None:
+        while True:
+            metrics.DHT_TABLE_PEERS.set(self._kad.get_routing_table_size())
+            await trio.sleep(MEASURE_S)

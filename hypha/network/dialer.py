@@ -59,11 +59,13 @@ class Routes:
         lookup: Lookup,
         circuit: DialCircuit,
         relays: Callable[[], list[Multiaddr]],
+        uses_relays: bool,
         excluded: Iterable[Network],
     ) -> None:
         self.lookup = lookup
         self.circuit = circuit
         self.relays = relays
+        self.uses_relays = uses_relays
         self.excluded = tuple(excluded)
 
 
@@ -178,7 +180,7 @@ class Dialer:
                 return
             if await self._race(peer_id, self._direct(peer_id, tried), attempt):
                 return
-            if await self._relayed(peer_id, attempt):
+            if self._routes.uses_relays and await self._relayed(peer_id, attempt):
                 return
 
     def _known(self, peer_id: ID) -> list[Multiaddr]:

@@ -52,6 +52,7 @@ class Gateways:
         self._connected: dict[ID, Multiaddr] = {}
         self._failing: dict[str, str] = {}
         self._reachable: bool | None = None
+        self._scope = trio.CancelScope()
         self.first_connected = trio.Event()
         self.all_tried = trio.Event()
 
@@ -64,7 +65,15 @@ class Gateways:
         return [self._connected[peer_id] for peer_id in self.connected()]
 
     async def keep(self) -> None:
-        """Hold a connection to each of them until cancelled."""
+        """Hold a connection to each of them until `let_go`."""
+        with self._scope:
+            await self._keep_all()
+
+    def let_go(self) -> None:
+        """Stop redialling: the network is closing."""
+        self._scope.cancel()
+
+    async def _keep_all(self) -> None:
         async with trio.open_nursery() as nursery:
             for address in self._addresses:
                 nursery.start_soon(self._keep_one, address)

@@ -20,7 +20,7 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
-from hypha.network.dispatch import prepare
+from hypha.network.dispatch import Refusals, prepare
 from hypha.network.patches import FOREIGN
 from hypha.network.seam import Peer
 from hypha.network.topics import Topics
@@ -40,10 +40,23 @@ MEASURE_S = 10.0
 log = get_logger("network.gossip")
 
 
+class _Pubsub(Pubsub):
+    """Upstream runs this for every message heard, as a task of the service: an error in it would end the service."""
+
+    refusals: Refusals
+
+    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        """Take in or pass on one message; what cannot even be judged is dropped and counted."""
+        try:
+            await super().push_msg(msg_forwarder, msg)
+        except FOREIGN as error:
+            self.refusals.note(str(msg_forwarder), "malformed", f"gossip: {error}")
+
+
 class Gossip:
     """A node's part in gossip. `peer_of` gives a signer's roles, as far as they are known."""
 
-    def __init__(self, host: BasicHost, topics: Topics, peer_of: Callable[[str], Peer]) -> None:
+    def __init__(self, host: BasicHost, topics: Topics, refusals: Refusals, peer_of: Callable[[str], Peer]) -> None:
         self._router = GossipSub(
             protocols=[PROTOCOL_ID_V12, PROTOCOL_ID_V11],
             degree=DEGREE,
@@ -52,7 +65,8 @@ class Gossip:
             heartbeat_interval=HEARTBEAT_S,
             max_messages_per_topic_per_second=MESSAGES_PER_S_MAX,
         )
-        self._pubsub = Pubsub(host, self._router, strict_signing=True, max_inbound_rpc_size=RPC_BYTES_MAX)
+        self._pubsub = _Pubsub(host, self._router, strict_signing=True, max_inbound_rpc_size=RPC_BYTES_MAX)
+        self._pubsub.refusals = refusals
         # Upstream counts from the second of its start: after a busy life and a restart, its messages would look seen.
         self._pubsub.counter = time.time_ns()
         self._me = host.get_id()

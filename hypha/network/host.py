@@ -18,22 +18,16 @@ from typing import Protocol, TypeVar, cast
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from libp2p.abc import INetStream
-from libp2p.crypto.ed25519 import Ed25519PrivateKey as Libp2pKey
-from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
-from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.tools.anyio_service import background_trio_service
-from libp2p.transport.tcp.tcp import TCP
-from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
-from hypha.errors import LocalProtocolError, PeerUnreachable, RemoteProtocolError
-from hypha.network import addresses, listening, mtls, patches, probe, rpc, streams, yamux
+from hypha.errors import HyphaError, LocalProtocolError, PeerUnreachable, RemoteProtocolError
+from hypha.network import addresses, listening, mtls, patches, rpc, streams, yamux
 from hypha.network.dht import Dht
 from hypha.network.dialer import Dialer, Routes
 from hypha.network.dispatch import Dispatcher, prepare
@@ -42,6 +36,7 @@ from hypha.network.gossip import Gossip
 from hypha.network.relay import Relay
 from hypha.network.seam import Peer, RequestHandler, Stream, StreamHandler
 from hypha.network.streams import Libp2pStream
+from hypha.network.swarm import build_swarm
 from hypha.network.topics import Topics
 from hypha.network.yamux_stream import YamuxStream
 from hypha.pki import Identity, PeerIdentity
@@ -62,10 +57,6 @@ R = TypeVar("R", bound=Message)
 
 RPC_PROTOCOLS = frozenset({PROTOCOL_API, PROTOCOL_HEALTH, PROTOCOL_PROGRESS})
 OUR_PROTOCOLS = RPC_PROTOCOLS | {PROTOCOL_STREAM}
-# Below the usual limit of 1024 open files, with room for everything else a node has open.
-CONNECTIONS_MAX = 900
-# Both sides may dial at once, and bulk may want a connection of its own.
-CONNECTIONS_PER_PEER_MAX = 4
 # A stream says what it is for in its first bytes.
 NEGOTIATION_S = 10.0
 # At start a node gives its gateways this long, so that it usually begins connected; then it goes on without.
@@ -108,7 +99,7 @@ class Libp2pNetwork:
         self._excluded = addresses.parse_networks("exclude_cidr", config.exclude_cidr)
         self._dispatcher = Dispatcher()
         self._tls = mtls.MutualTls(identity, self._admit)
-        self._swarm = self._build_swarm()
+        self._swarm = build_swarm(identity, self._tls, self._dispatcher)
         self._host = BasicHost(
             network=self._swarm,
             addrs_factory=lambda found: self._advertised(found),
@@ -116,7 +107,7 @@ class Libp2pNetwork:
         )
         self._swarm.set_stream_handler(self._on_stream)
         self._topics = Topics(self._dispatcher.refusals)
-        self._gossip = Gossip(self._host, self._topics, self._peer_named)
+        self._gossip = Gossip(self._host, self._topics, self._dispatcher.refusals, self._peer_named)
         self._dht = Dht(self._host, runtime, self._connected_gateways)
         self._relay = Relay(self._host, runtime, serves=role == "gateway")
         self._dialer: Dialer
@@ -190,6 +181,11 @@ class Libp2pNetwork:
         """Where this node listens, wildcards replaced, peer id included: what a configuration elsewhere may name."""
         return [f"{each}/p2p/{self.peer_id}" for each in addresses.expand(self._host.get_transport_addrs())]
 
+    def check_ports(self) -> None:
+        """Raise ConfigError, naming the key, when a port cannot be had."""
+        for address in self._listen:
+            listening.try_to_bind(address)
+
     async def reload_crls(self) -> bool:
         """Read the revocation lists again and hang up on everybody they name; True if they changed.
 
@@ -204,9 +200,11 @@ class Libp2pNetwork:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Listen, join, and stay while the context is open. Raises ConfigError when a port is taken."""
+        """Listen, join, and stay while the context is open."""
         async with AsyncExitStack() as stack:
             nursery = await stack.enter_async_context(trio.open_nursery())
+            # Last of all: services that were cancelled would replace the caller's exception by their own.
+            stack.callback(nursery.cancel_scope.cancel)
             self._start_dialing(nursery)
             await stack.enter_async_context(background_trio_service(self._swarm))
             stack.push_async_callback(self._close)
@@ -216,18 +214,17 @@ class Libp2pNetwork:
             if self._role == "gateway":
                 await stack.enter_async_context(self._gossip.carried(TOPIC_WORKER))
             nursery.start_soon(self._gateways.keep)
+            stack.callback(self._gateways.let_go)
             await self._wait_for_gateway()
             log.info("Listening", addresses=", ".join(self.listen_addresses()), peer_id=self.peer_id)
-            try:
-                yield
-            finally:
-                nursery.cancel_scope.cancel()
+            yield
 
     def _start_dialing(self, nursery: trio.Nursery) -> None:
         routes = Routes(
             lookup=self._dht.lookup,
             circuit=self._relay.dial,
-            relays=lambda: self._gateways.addresses() if self._uses_relays else [],
+            relays=lambda: self._gateways.addresses(),
+            uses_relays=self._uses_relays,
             excluded=self._excluded,
         )
         self._dialer = Dialer(self._swarm, routes, self._runtime, nursery)
@@ -305,8 +302,7 @@ class Libp2pNetwork:
             await rpc.answer(stream, self._dispatcher)
             return
         muxed.expect_much()
-        with streams.counted("inbound"):
-            await self._dispatcher.handle_stream(stream)
+        await self._dispatcher.handle_stream(stream)
 
     async def _pass_on(self, net_stream: INetStream, protocol: TProtocol) -> None:
         net_stream.set_protocol(protocol)
@@ -319,30 +315,6 @@ class Libp2pNetwork:
             await net_stream.reset()
 
     # --- inside -----------------------------------------------------------------------------------------------------
-
-    def _build_swarm(self) -> patches.Swarm:
-        key = Libp2pKey.from_bytes(self._identity.private_key)
-        peer_id, peerstore = ID.from_string(self.peer_id), PeerStore()
-        peerstore.add_key_pair(peer_id, KeyPair(key, key.get_public_key()))
-        upgrader = TransportUpgrader(
-            secure_transports_by_protocol={
-                mtls.PROTOCOL_ID: self._tls,
-                probe.PROTOCOL_ID: probe.ProbeTransport(self._tls, self._dispatcher),
-            },
-            muxer_transports_by_protocol={TProtocol(yamux.PROTOCOL_ID): yamux.Yamux},
-        )
-        limits = ConnectionConfig(
-            max_connections=CONNECTIONS_MAX,
-            high_watermark=CONNECTIONS_MAX,
-            min_connections=0,
-            low_watermark=0,  # upstream dials strangers to stay above it
-            max_connections_per_peer=CONNECTIONS_PER_PEER_MAX,
-        )
-        swarm = patches.Swarm(
-            peer_id, peerstore, upgrader, [TCP()], retry_config=RetryConfig(max_retries=0), connection_config=limits
-        )
-        swarm.register_notifee(listening.Census())
-        return swarm
 
     def _advertised(self, found: list[Multiaddr], *, circuits: bool = False) -> list[Multiaddr]:
         return addresses.advertised(
@@ -391,5 +363,12 @@ async def open_network(
     """
     patches.apply()
     network = Libp2pNetwork(identity, config, role=role, runtime=runtime)
+    network.check_ports()
+    failure: HyphaError | None = None
     async with network.running():
-        yield network
+        try:
+            yield network
+        except HyphaError as error:
+            failure = error  # raised again outside, where no nursery wraps it into a group
+    if failure is not None:
+        raise failure

@@ -17,17 +17,14 @@ from hypha.telemetry import metrics
 
 
 async def listen(swarm: Swarm, addresses: tuple[Multiaddr, ...]) -> None:
-    """Listen on all of them. Raises ConfigError naming the key and the reason.
-
-    The swarm itself swallows the reason, so each port is bound once beforehand, for a moment.
-    """
+    """Listen on all of them. Raises ConfigError naming the key; `try_to_bind` gives the reason."""
     for address in addresses:
-        _try_to_bind(address)
         if not await swarm.listen(address):
             raise ConfigError(f"`listen_addresses`: cannot listen on {address}")
 
 
-def _try_to_bind(address: Multiaddr) -> None:
+def try_to_bind(address: Multiaddr) -> None:
+    """Bind the port for a moment, since the swarm swallows the reason. Raises ConfigError with what the system says."""
     host, port = host_of(address), value(address, "tcp")
     if host is None or port is None:
         raise ConfigError(f"`listen_addresses`: {address} names no interface and port")

@@ -1,6 +1,6 @@
 """Every start-up patch of py-libp2p 0.8.1, one small function each, with the defect it is for.
 
-    apply() ─▶ gossip_queue · provider_records · kad_patience · exclusive_ports · quiet
+    apply() ─▶ gossip_queue · provider_records · kad_patience · peer_records · exclusive_ports · quiet
     Swarm   ─▶ inbound slots that come back · dials through our Dialer
 
 `tests/network/test_patches.py` has one test per patch that fails once upstream has mended the defect. Not patched but
@@ -9,10 +9,13 @@ request_response (no reasons in errors), PingService, QUIC.
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from weakref import WeakKeyDictionary
 
 import trio
-from libp2p.abc import INetConn, INetStream
+from google.protobuf.message import Error as ProtobufError
+from libp2p.abc import IHost, INetConn, INetStream
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.kad_dht import peer_routing, provider_store
@@ -22,7 +25,10 @@ from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
-from libp2p.pubsub import rpc_queue
+from libp2p.peer.peerstore import env_to_send_in_RPC
+from libp2p.pubsub import gossipsub, pubsub, rpc_queue
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.pubsub.utils import maybe_consume_signed_record
 from libp2p.transport.tcp import tcp
 from multiaddr import Multiaddr
 
@@ -44,6 +50,7 @@ FOREIGN = (
     trio.BrokenResourceError,
     trio.ClosedResourceError,
     ExceptionGroup,
+    ProtobufError,
 )
 
 # A burst of advertisements from one scheduler to one neighbour, RPCs.
@@ -52,6 +59,9 @@ GOSSIP_QUEUE_MAX = 1024
 PROVIDER_RECORD_S = 1800
 # A lookup asks ten peers at once; a dead one among them must not hold it up for upstream's 10 s.
 KAD_QUERY_S = 3
+# A node's addresses change when it learns of a new interface: nobody needs to hear that within the minute.
+RECORD_S = 60.0
+RECORDS_BELIEVED_MAX = 4096
 # py-libp2p's loggers that report everyday events of a network (peers come and go) as warnings and errors.
 EVERYDAY_LOGGERS = (
     "libp2p.host.basic_host",
@@ -80,6 +90,39 @@ def kad_patience() -> None:
         module.QUERY_TIMEOUT = KAD_QUERY_S  # type: ignore[attr-defined]  # imported there from `common`
 
 
+def peer_records() -> None:
+    """Every gossip RPC carries the sender's signed addresses, gathered anew from its sockets and verified every time.
+
+    That is a third of gossip's cost. Here a record is made anew after `RECORD_S`, and one seen before is believed.
+    """
+    made: WeakKeyDictionary[IHost, tuple[float, bytes]] = WeakKeyDictionary()
+    believed: OrderedDict[tuple[ID, bytes], float] = OrderedDict()
+    make, consume = env_to_send_in_RPC, maybe_consume_signed_record
+
+    def record_of(host: IHost) -> tuple[bytes, bool]:
+        until, record = made.get(host, (0.0, b""))
+        if trio.current_time() < until:
+            return record, False
+        record, is_new = make(host)
+        made[host] = (trio.current_time() + RECORD_S, record)
+        return record, is_new
+
+    def believe(message: rpc_pb2.RPC, host: IHost, peer_id: ID) -> bool:
+        key, now = (peer_id, message.senderRecord), trio.current_time()
+        if now < believed.get(key, 0.0):
+            return True
+        if not consume(message, host, peer_id):
+            return False
+        believed[key] = now + RECORD_S
+        while len(believed) > RECORDS_BELIEVED_MAX:
+            believed.popitem(last=False)
+        return True
+
+    for module in (pubsub, gossipsub):
+        module.env_to_send_in_RPC = record_of  # type: ignore[attr-defined]  # imported there by name
+        module.maybe_consume_signed_record = believe  # type: ignore[attr-defined]
+
+
 def exclusive_ports() -> None:
     """Listeners set SO_REUSEPORT: a second node on a taken port starts, and gets every other connection."""
 
@@ -103,7 +146,7 @@ def quiet() -> None:
 
 def apply() -> None:
     """Apply all of them; repeating it changes nothing."""
-    for patch in (gossip_queue, provider_records, kad_patience, exclusive_ports, quiet):
+    for patch in (gossip_queue, provider_records, kad_patience, peer_records, exclusive_ports, quiet):
         patch()
 
 

@@ -8,8 +8,7 @@ multistream-select lets both sides send first, so protocol and first bytes trave
 trip and one frame each way.
 """
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 
 import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamError
@@ -19,7 +18,6 @@ from hypha.errors import PeerUnreachable, RemoteProtocolError
 from hypha.network.framing import MessageFraming
 from hypha.network.seam import Peer
 from hypha.network.yamux_stream import YamuxStream
-from hypha.telemetry import metrics
 
 MULTISTREAM = "/multistream/1.0.0"
 NOT_AVAILABLE = "na"
@@ -112,16 +110,6 @@ class Libp2pStream(MessageFraming):
 
     def _broken(self, error: MuxedStreamError) -> PeerUnreachable:
         return PeerUnreachable(f"the stream to {self._peer.peer_id} broke: {error}")
-
-
-@contextmanager
-def counted(direction: str) -> Iterator[None]:
-    """Count a tensor stream as open."""
-    metrics.STREAMS_ACTIVE.add(1, direction=direction)
-    try:
-        yield
-    finally:
-        metrics.STREAMS_ACTIVE.add(-1, direction=direction)
 
 
 class Agreed(Struct, frozen=True):

@@ -16,7 +16,8 @@ from libp2p.host.basic_host import BasicHost
 from libp2p.kad_dht import peer_routing, provider_store
 from libp2p.network import swarm
 from libp2p.network.auto_connector import AutoConnector
-from libp2p.pubsub import pubsub, rpc_queue
+from libp2p.peer import peerstore
+from libp2p.pubsub import pubsub, rpc_queue, utils
 from libp2p.relay.circuit_v2.protocol import CircuitV2Protocol
 from libp2p.stream_muxer.yamux import yamux
 from libp2p.transport.tcp import tcp
@@ -64,6 +65,13 @@ def test_provider_records_outlive_their_providers_by_two_days(upstream):
 def test_one_silent_peer_holds_a_lookup_for_ten_seconds(upstream):
     assert upstream["query_s"] == [10, 10]
     assert (peer_routing.QUERY_TIMEOUT, provider_store.QUERY_TIMEOUT) == (patches.KAD_QUERY_S,) * 2
+
+
+def test_every_gossip_message_carries_the_senders_addresses_made_and_verified_anew():
+    assert "host.get_addrs()" in inspect.getsource(peerstore.env_to_send_in_RPC)
+    assert "consume_envelope(" in inspect.getsource(utils.maybe_consume_signed_record)
+    assert pubsub.env_to_send_in_RPC is not peerstore.env_to_send_in_RPC
+    assert pubsub.maybe_consume_signed_record is not utils.maybe_consume_signed_record
 
 
 async def test_two_listeners_share_a_port_without_a_word():

@@ -1,0 +1,54 @@
+"""The swarm of a node: TCP, our security transports, our multiplexer, and nothing else that upstream would add.
+
+    raw TCP ─┬─ /hypha/mtls/1.0.0  ─▶ /hypha/yamux/1.0.0 ─▶ a peer's connection
+             └─ /hypha/probe/1.0.0 ─▶ one answer              (a further transport for bulk fits beside it)
+
+Built by hand: `libp2p.new_host` accepts plaintext unless told otherwise and brings a resource manager with limits of
+its own. Here connections are bounded by the swarm, streams by the multiplexer, requests by the dispatcher.
+"""
+
+from libp2p.crypto.ed25519 import Ed25519PrivateKey
+from libp2p.crypto.keys import KeyPair
+from libp2p.custom_types import TProtocol
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore
+from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.upgrader import TransportUpgrader
+
+from hypha.network import mtls, probe, yamux
+from hypha.network.dispatch import Dispatcher
+from hypha.network.listening import Census
+from hypha.network.patches import Swarm
+from hypha.pki import Identity
+
+# Below the usual limit of 1024 open files, with room for everything else a node has open.
+CONNECTIONS_MAX = 900
+# Both sides may dial at once, and bulk may want a connection of its own.
+CONNECTIONS_PER_PEER_MAX = 4
+
+
+def build_swarm(identity: Identity, tls: mtls.MutualTls, dispatcher: Dispatcher) -> Swarm:
+    """Return a swarm that does not run yet and whose `dial` is still to be set."""
+    key = Ed25519PrivateKey.from_bytes(identity.private_key)
+    peer_id, peerstore = ID.from_string(identity.peer_id), PeerStore()
+    peerstore.add_key_pair(peer_id, KeyPair(key, key.get_public_key()))
+    upgrader = TransportUpgrader(
+        secure_transports_by_protocol={
+            mtls.PROTOCOL_ID: tls,
+            probe.PROTOCOL_ID: probe.ProbeTransport(tls, dispatcher),
+        },
+        muxer_transports_by_protocol={TProtocol(yamux.PROTOCOL_ID): yamux.Yamux},
+    )
+    limits = ConnectionConfig(
+        max_connections=CONNECTIONS_MAX,
+        high_watermark=CONNECTIONS_MAX,
+        min_connections=0,
+        low_watermark=0,
+        max_connections_per_peer=CONNECTIONS_PER_PEER_MAX,
+    )
+    swarm = Swarm(
+        peer_id, peerstore, upgrader, [TCP()], retry_config=RetryConfig(max_retries=0), connection_config=limits
+    )
+    swarm.register_notifee(Census())
+    return swarm
