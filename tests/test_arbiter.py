@@ -213,7 +213,6 @@ async def test_without_a_durable_fence_nothing_is_offered_and_the_log_says_so(ca
         assert [record.message.split(":")[0] for record in caplog.records] == ["No offers without a new fence"]
 
 
-@pytest.mark.xfail(strict=False, reason="FenceKeeper asks for an empty block after a reservation that failed")
 async def test_offers_go_on_when_the_disk_writes_again(cast, autojump_clock):
     async with cast.worker("w") as worker, cast.fabric.node("s", {"scheduler"}) as network:
         desk = Desk(network)

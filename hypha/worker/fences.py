@@ -22,7 +22,8 @@ class FenceKeeper:
             taken = self._fences.take()
             while isinstance(taken, MustReserve):
                 # The file counts fences *below* its number as possibly gone, the rule counts up to and including.
-                block = taken.upto + 1 - self._file.reserved
+                # After a failed write the file has counted that block as gone already: reserve above it.
+                block = max(1, taken.upto + 1 - self._file.reserved)
                 await self._runtime.run_blocking(self._file.reserve, block)
                 self._fences.reserved(taken.upto)
                 taken = self._fences.take()
