@@ -24,6 +24,7 @@ from hypha.pki import Identity
 from hypha.runtime import Runtime
 from hypha.telemetry import get_logger
 
+GATEWAY = "gateway"  # the role, as certificates name it
 BACKOFF_BASE_S = 0.2
 BACKOFF_MAX_S = 15.0
 
@@ -105,8 +106,10 @@ class Gateways:
         if self._dialer.live(peer_id) is None and (reason := await self._dialer.dial(peer_id, address)) is not None:
             raise PeerUnreachable(reason)
         conn = self._dialer.live(peer_id)
-        if conn is None:
+        if conn is None or not isinstance(conn.muxed_conn, Yamux):
             raise PeerUnreachable("the connection ended at once")
+        if GATEWAY not in conn.muxed_conn.secured_conn.identity.roles:
+            raise PeerUnreachable(f"{peer_id} is not a gateway by its certificate")
         return peer_id, conn
 
     async def _until_closed(self, peer_id: ID, conn: SwarmConn) -> None:

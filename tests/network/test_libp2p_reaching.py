@@ -224,3 +224,10 @@ async def test_gossip_that_cannot_even_be_judged_harms_nobody(nodes):
                     signer, _ = await anext(announcements)
                     break
             assert signer.peer_id == c.peer_id
+
+
+async def test_whoever_is_no_gateway_by_its_certificate_is_none(nodes, caplog):
+    async with nodes.alone("impostor", "worker") as impostor, nodes.joined(impostor, "a", "worker") as a:
+        assert a._gateways.connected() == []
+        (said,) = [r.hypha_fields["reasons"] for r in caplog.records if "No gateway reachable" in r.message]
+        assert f"{impostor.peer_id} is not a gateway" in said
