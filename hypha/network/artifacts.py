@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 import trio
 
-from hypha.errors import PeerUnreachable, RemoteProtocolError
+from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError
 from hypha.network.seam import Network, Stream
-from hypha.network.transfer import partial_size, receive_file, send_file
+from hypha.network.transfer import partial_path, partial_size, receive_file, send_file
 from hypha.protocol.messages import FetchModel, FileHeader
 from hypha.runtime import Runtime
 
@@ -25,8 +25,20 @@ async def fetch_artifact(
     """Bring one file to `path`, resuming a half-finished transfer; returns its size in bytes.
 
     Raises PeerUnreachable (broken, or no header within `patience_s`), Refused (the peer does not hold it) or
-    RemoteProtocolError (what came does not have the digest).
+    RemoteProtocolError (what came does not have the digest; then nothing of it is kept).
     """
+    try:
+        return await _fetch(network, peer_id, wanted, path, runtime=runtime, patience_s=patience_s)
+    except RemoteProtocolError as error:
+        if not isinstance(error, Refused):
+            # Also what an earlier transfer left: going on after wrong bytes never leads to the right ones.
+            partial_path(path).unlink(missing_ok=True)
+        raise
+
+
+async def _fetch(
+    network: Network, peer_id: str, wanted: FetchModel, path: Path, *, runtime: Runtime, patience_s: float
+) -> int:
     offset = await runtime.run_blocking(partial_size, path)
     wanted = msgspec.structs.replace(wanted, offset=offset)
     with trio.move_on_after(patience_s) as patience:
@@ -54,7 +66,7 @@ async def fetch_artifact(
 
 async def serve_artifact(stream: Stream, wanted: FetchModel, path: Path, *, size: int, runtime: Runtime) -> None:
     """Send one file that we hold, from the offset asked for. Raises RemoteProtocolError when that lies beyond it."""
-    if wanted.offset > size:
+    if wanted.offset > size:  # what the fetcher holds is not this file's beginning
         raise RemoteProtocolError(f"offset {wanted.offset} lies beyond the {size} bytes of {wanted.part}")
     await stream.send_message(FileHeader(bytes=size, digest=wanted.digest))
     await send_file(stream, path, offset=wanted.offset, length=size - wanted.offset, runtime=runtime)

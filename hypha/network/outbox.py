@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from hypha.errors import Refused
+from hypha.errors import Refused, RemoteProtocolError
 from hypha.network.retry import Backoff, insist
 from hypha.network.seam import Network
 from hypha.protocol.messages import Message, Request
@@ -80,6 +80,10 @@ class Outbox:
             )
         except Refused as refusal:
             log.info("Message refused", kind=type(message).__name__, peer_id=key[0], reason=str(refusal))
+            return
+        except RemoteProtocolError as error:
+            # A broken answer would not mend by asking again, and one broken peer must not stop the others' messages.
+            log.warn("Message answered badly", kind=type(message).__name__, peer_id=key[0], reason=str(error))
             return
         if answer is not None and self._answered is not None:
             self._answered(key[0], message, answer)

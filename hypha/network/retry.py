@@ -34,7 +34,8 @@ class Backoff:
         """Return the wait before the next attempt, in seconds."""
         ceiling = min(self._max_s, self._base_s * 2 ** min(self._failures, 32))
         self._failures += 1
-        return ceiling * (0.5 + 0.5 * self._runtime.random.random())
+        wait_s: float = ceiling * (0.5 + 0.5 * self._runtime.random.random())
+        return wait_s
 
     async def wait(self) -> None:
         """Sleep for `next_s()`."""

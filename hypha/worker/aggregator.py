@@ -10,10 +10,10 @@ from pathlib import Path
 
 import trio
 
-from hypha.errors import LocalProtocolError, PeerUnreachable, Refused, RemoteProtocolError
-from hypha.network.artifacts import fetch_artifact, serve_artifact
+from hypha.errors import Refused, RemoteProtocolError, StoreError
+from hypha.network.artifacts import serve_artifact
 from hypha.network.seam import Stream
-from hypha.network.transfer import receive_file
+from hypha.network.transfer import partial_path, receive_file
 from hypha.protocol import bridge
 from hypha.protocol.collect import Collector, MergePlan, Screening, Take
 from hypha.protocol.messages import (
@@ -36,6 +36,7 @@ from hypha.protocol.messages import (
 from hypha.protocol.views import Verdict
 from hypha.telemetry import extracted, get_logger, inject, span
 from hypha.worker.broadcast import Broadcast
+from hypha.worker.resume import fetch_resume
 from hypha.worker.session import JobContext, Session, refusal
 
 log = get_logger("worker.aggregator")
@@ -53,6 +54,7 @@ class AggregateSession(Session):
         self._collector: Collector | None = None
         self._pending_view: tuple[RoundView, str] | None = None
         self._spooled: dict[tuple[str, int, str], Path] = {}
+        self._awaited: set[int] = set()  # tickets that the executor has been asked to screen
         self._screenings: dict[int, str | None] = {}  # refusals by ticket, once the executor has judged
         self._plans: dict[tuple[int, int], str] = {}  # base digest by (round, close) of the merges under way
         self._artifacts: dict[str, tuple[int, bridge.FileRef]] = {}  # what can be served: digest → (round, file)
@@ -71,7 +73,7 @@ class AggregateSession(Session):
     def observe(self, view: RoundView, peer_id: str) -> None:
         """Take a view in; before the initial state exists it is kept for later."""
         if self._collector is None:
-            self._pending_view = (view, peer_id)
+            self._keep_for_later(view, peer_id)
             return
         taken = self._collector.observe(view, peer_id)
         if taken.stale is not None:
@@ -84,6 +86,12 @@ class AggregateSession(Session):
         self.guard.observe(view, peer_id)
         self.announce(view)
         self._collected_changed()
+
+    def _keep_for_later(self, view: RoundView, peer_id: str) -> None:
+        kept = None if self._pending_view is None else self._pending_view[0]
+        if kept is not None and (view.job_epoch, view.view) < (kept.job_epoch, kept.view):
+            raise Refused(f"view {view.view} is older than {kept.view}", "stale")
+        self._pending_view = (view, peer_id)
 
     def _collected_changed(self) -> None:
         collected = self._collector.collected() if self._collector is not None else None
@@ -145,10 +153,13 @@ class AggregateSession(Session):
             if isinstance(judged, Screening):
                 file = bridge.FileRef(path=f"{SPOOL}/{path.name}", bytes=contribution.bytes, digest=contribution.digest)
                 judged = collector.screened(ticket, await self._screen(ticket, header.round, file))
-        except BaseException:
+        except BaseException as error:
             collector.lost(ticket)
             path.unlink(missing_ok=True)
-            path.with_name(path.name + ".part").unlink(missing_ok=True)
+            partial_path(path).unlink(missing_ok=True)
+            if isinstance(error, StoreError):
+                self.fail(str(error))
+                raise Refused(f"the update cannot be stored: {error}", "retry") from error
             raise
         if isinstance(judged, Accepted):
             self._spooled[contribution.peer_id, contribution.fence, contribution.digest] = path
@@ -158,10 +169,15 @@ class AggregateSession(Session):
         return judged
 
     async def _screen(self, ticket: int, round_pushed: int, file: bridge.FileRef) -> str | None:
-        self.owed.theirs()
-        self.emit(bridge.Screen(ticket=ticket, round=round_pushed, file=file, traceparent=inject()))
-        await self.until(lambda: ticket in self._screenings)
-        return self._screenings.pop(ticket)
+        self.owed.owe(("screen", ticket))
+        self._awaited.add(ticket)
+        try:
+            self.emit(bridge.Screen(ticket=ticket, round=round_pushed, file=file, traceparent=inject()))
+            await self.until(lambda: ticket in self._screenings)
+            return self._screenings[ticket]
+        finally:
+            self._awaited.discard(ticket)
+            self._screenings.pop(ticket, None)
 
     def _noterefusal(self, header: PushUpdate, reason: str) -> None:
         log.warn("Update refused", worker=header.contribution.peer_id, round=header.round, reason=reason)
@@ -195,7 +211,7 @@ class AggregateSession(Session):
             bridge.MergeInput(peer_id=c.peer_id, fence=c.fence, samples=c.samples, file=self._spool_file(c))
             for c in plan.inputs
         )
-        self.owed.theirs()
+        self.owed.owe(("merge", plan.round, plan.close))
         self.emit(
             bridge.Merge(
                 round=plan.round,
@@ -222,7 +238,10 @@ class AggregateSession(Session):
         if held is None:
             raise Refused(f"{header.part} {header.digest[:12]} of round {header.round} is not held here", "retry")
         _, file = held
-        path = self.file(file.path)
+        try:
+            path = self.file(file.path)
+        except RemoteProtocolError as error:
+            raise Refused(f"{header.part} of round {header.round} is gone", "retry") from error
         await serve_artifact(stream, header, path, size=file.bytes, runtime=self.context.runtime)
 
     # --- the executor ---------------------------------------------------------------------------------------------
@@ -234,44 +253,12 @@ class AggregateSession(Session):
                 case bridge.FetchSource():
                     return await self.waiting(self.fetch_source(request))
                 case bridge.FetchResume():
-                    return await self.waiting(self._fetch_resume())
+                    return await self.waiting(fetch_resume(self.context, self.job_epoch, self.backoff()))
                 case bridge.FetchHeldOut():
                     # From the evaluating thread: the main one owes what it owes.
                     return await self.fetch_held_out(request)
                 case _:
                     raise RemoteProtocolError(f"an aggregate executor does not fetch {type(request).__name__}")
-
-    async def _fetch_resume(self) -> bridge.ResumeFetched:
-        resume = self.context.job.resume
-        if resume is None:
-            raise RemoteProtocolError("this job starts from the beginning: there is no resume point")
-        wanted = [("model", resume.round, resume.model_digest), ("momentum", resume.round, resume.momentum_digest)]
-        wanted += [("record", resume.round + 1 + n, digest) for n, digest in enumerate(resume.records)]
-        files = [await self._from_store(part, made_in, digest) for part, made_in, digest in wanted]
-        return bridge.ResumeFetched(round=resume.round, model=files[0], momentum=files[1], records=tuple(files[2:]))
-
-    async def _from_store(self, part: str, made_in: int, digest: str) -> bridge.FileRef:
-        context = self.context
-        path = context.directory / f"resume-{part}-{made_in}.safetensors"
-        wanted = FetchModel(
-            job_id=context.job.job_id, job_epoch=self.job_epoch, part=part, round=made_in, digest=digest
-        )
-        backoff = self.backoff()
-        while True:
-            try:
-                size = await fetch_artifact(
-                    context.network,
-                    context.scheduler,
-                    wanted,
-                    path,
-                    runtime=context.runtime,
-                    patience_s=context.transfers.stall_s,
-                )
-            except (PeerUnreachable, RemoteProtocolError) as error:
-                log.info("State not fetched yet", part=part, round=made_in, reason=str(error))
-                await backoff.wait()
-                continue
-            return bridge.FileRef(path=path.name, bytes=size, digest=digest)
 
     async def send(self, request: bridge.Send) -> bridge.Sent:
         """Refuse: a parameter server pushes nothing."""
@@ -279,12 +266,12 @@ class AggregateSession(Session):
 
     async def report(self, report: bridge.Report) -> bridge.Instruction:
         """Take note of an answer."""
-        self.owed.ours()
+        self.owed.heard()
         match report:
             case bridge.StateReady():
                 self._state_ready(report)
             case bridge.Screened():
-                self._screenings[report.ticket] = report.refusal
+                self._screened(report)
             case bridge.MergeDone():
                 self._merge_done(report)
             case bridge.MergeFailed():
@@ -298,9 +285,15 @@ class AggregateSession(Session):
         self.wake()
         return bridge.Finish() if self.stopped else bridge.GoOn()
 
+    def _screened(self, report: bridge.Screened) -> None:
+        self.owed.settle(("screen", report.ticket))
+        if report.ticket in self._awaited:  # else whoever pushed it has gone
+            self._screenings[report.ticket] = report.refusal
+
     def _state_ready(self, report: bridge.StateReady) -> None:
         if self._collector is not None:
-            raise LocalProtocolError("the initial state was ready before")
+            raise RemoteProtocolError("the initial state was ready before")
+        self.owed.settle()
         self._hold(report.round, report.model, report.momentum)
         self._collector = Collector(
             self.context.job.job_id, self.me, round=report.round, model_digest=report.model.digest
@@ -331,9 +324,9 @@ class AggregateSession(Session):
             self._artifacts[file.digest] = (made_in, file)
 
     def _merge_done(self, report: bridge.MergeDone) -> None:
-        assert self._collector is not None
+        self.owed.settle(("merge", report.round, report.close))
         base_digest = self._plans.pop((report.round, report.close), None)
-        if base_digest is None:
+        if base_digest is None or self._collector is None:
             raise RemoteProtocolError(f"close {report.close} of round {report.round} was not asked for")
         merged = Merged(
             round=report.round,
@@ -355,7 +348,9 @@ class AggregateSession(Session):
             self._collected_changed()
 
     def _merge_failed(self, report: bridge.MergeFailed) -> None:
-        assert self._collector is not None
+        if self._collector is None:
+            raise RemoteProtocolError("a merge before the initial state")
+        self.owed.settle(("merge", report.round, report.close))
         self._plans.pop((report.round, report.close), None)
         log.warn("Merge failed", round=report.round, close=report.close, reason=report.reason)
         self._collector.merge_failed(report.round, report.close, report.reason)

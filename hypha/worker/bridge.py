@@ -6,14 +6,15 @@
     POST /resources/receive    ──▶ Server-Sent Events until the job ends
     POST /telemetry?kind=…     ──▶ OTLP protobuf, exported by this process
 
-The app only translates; every rule lives in the session. Errors come back as a BridgeError with a reason.
+The app only translates; every rule lives in the session. Errors come back as a BridgeError with a reason:
+400 not understood · 404 no such path · 409 refused · 413 too large · 500 a bug here · 503 later · 507 disk
 """
 
 import logging
 import os
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -23,11 +24,13 @@ import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.trio import serve
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from hypha.errors import HyphaError, PeerUnreachable, StoreError
+from hypha.errors import HyphaError, JobFailed, PeerUnreachable, RemoteProtocolError, StoreError
 from hypha.protocol.bridge import (
     BridgeError,
     BridgeMessage,
@@ -45,7 +48,15 @@ BODY_BYTES_MAX = 4 << 20
 # Linux refuses longer socket paths (sun_path is 108 bytes with its terminator).
 SOCKET_PATH_BYTES_MAX = 100
 
-_HTTP_STATUS = {PeerUnreachable: 503, StoreError: 507}
+# `protocol.messages.Reason` allows no more than 8192.
+REASON_CHARS_MAX = 8000
+
+
+class TooLarge(RemoteProtocolError):
+    """A body beyond BODY_BYTES_MAX."""
+
+
+_HTTP_STATUS = {PeerUnreachable: 503, StoreError: 507, TooLarge: 413}
 
 
 class JobSession(Protocol):
@@ -66,6 +77,9 @@ class JobSession(Protocol):
     async def telemetry(self, kind: str, body: bytes) -> None:
         """Export an OTLP batch of the executor's: kind is traces, metrics or logs."""
 
+    def fail(self, reason: str) -> None:
+        """Note why the job fails, which whoever runs it ends then."""
+
 
 async def _body(request: HttpRequest) -> bytes:
     parts: list[bytes] = []
@@ -73,7 +87,7 @@ async def _body(request: HttpRequest) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size > BODY_BYTES_MAX:
-            raise msgspec.ValidationError(f"body exceeds {BODY_BYTES_MAX} bytes")
+            raise TooLarge(f"{request.url.path}: body exceeds {BODY_BYTES_MAX} bytes")
         parts.append(part)
     return b"".join(parts)
 
@@ -84,7 +98,7 @@ def _json(message: BridgeMessage, status: int = 200) -> Response:
 
 def _failure(error: HyphaError) -> Response:
     retry = isinstance(error, PeerUnreachable)
-    return _json(BridgeError(reason=str(error)[:8000], retry=retry), _HTTP_STATUS.get(type(error), 409))
+    return _json(BridgeError(reason=str(error)[:REASON_CHARS_MAX], retry=retry), _HTTP_STATUS.get(type(error), 409))
 
 
 def _endpoint(
@@ -96,12 +110,13 @@ def _endpoint(
     async def answer(request: HttpRequest) -> Response:
         try:
             message = decoder.decode(await _body(request))
-        except (msgspec.DecodeError, RecursionError) as error:
-            return _json(BridgeError(reason=f"{request.url.path}: {error}"), 400)
-        try:
             return _json(await call(message))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return _json(BridgeError(reason=f"{request.url.path}: {error}"[:REASON_CHARS_MAX]), 400)
         except HyphaError as error:
             return _failure(error)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
 
     return answer
 
@@ -116,8 +131,14 @@ async def _event_lines(session: JobSession) -> AsyncIterator[bytes]:
 
 def build_app(session: JobSession) -> Starlette:
     """Return the bridge of one job as an ASGI application."""
+    readers = 0
 
-    async def receive(_request: HttpRequest) -> Response:
+    async def receive(request: HttpRequest) -> Response:
+        nonlocal readers
+        readers += 1
+        if readers > 1:
+            # Two would each get half of the events, and one that comes back has lost some.
+            return _json(BridgeError(reason=f"{request.url.path}: there was a reader before"), 409)
         return StreamingResponse(_event_lines(session), media_type="text/event-stream")
 
     async def telemetry(request: HttpRequest) -> Response:
@@ -125,9 +146,19 @@ def build_app(session: JobSession) -> Starlette:
             await session.telemetry(request.query_params.get("kind", ""), await _body(request))
         except HyphaError as error:
             return _failure(error)
-        except msgspec.ValidationError as error:
-            return _json(BridgeError(reason=str(error)), 413)
+        except ClientDisconnect:
+            return Response(status_code=499)
         return Response(status_code=204)
+
+    async def no_route(request: HttpRequest, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _json(BridgeError(reason=f"{request.method} {request.url.path}: {error.detail}"), error.status_code)
+
+    async def bug(request: HttpRequest, error: Exception) -> Response:
+        # Starlette raises it again, and hypercorn logs it with its traceback: here it only becomes the job's end.
+        reason = f"internal error at {request.url.path}: {type(error).__name__}: {error}"[:REASON_CHARS_MAX]
+        session.fail(reason)
+        return _json(BridgeError(reason=reason), 500)
 
     return Starlette(
         routes=[
@@ -136,16 +167,20 @@ def build_app(session: JobSession) -> Starlette:
             Route("/resources/receive", receive, methods=["POST", "GET"]),
             Route("/status/send", _endpoint(Report, session.report), methods=["POST"]),
             Route("/telemetry", telemetry, methods=["POST"]),
-        ]
+        ],
+        exception_handlers={HTTPException: no_route, Exception: bug},
     )
 
 
 @contextmanager
-def _socket_path(directory: Path) -> Any:  # noqa: ANN401 - a generator for contextmanager
+def _socket_path(directory: Path) -> Iterator[Path]:
     """Yield a path for the socket: in the job's directory, or in a private one where that path is too long."""
     path = directory / "bridge.sock"
     if len(os.fsencode(path)) <= SOCKET_PATH_BYTES_MAX:
-        yield path
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
         return
     with tempfile.TemporaryDirectory(prefix="hypha-") as short:
         yield Path(short) / "bridge.sock"
@@ -154,19 +189,22 @@ def _socket_path(directory: Path) -> Any:  # noqa: ANN401 - a generator for cont
 async def serve_bridge(
     session: JobSession, directory: Path, *, task_status: trio.TaskStatus[Path] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Serve the bridge until cancelled; reports the socket's path once it accepts connections."""
-    with _socket_path(directory) as path:
-        config = HypercornConfig()
-        config.bind = [f"unix:{path}"]
-        config.umask = 0o177
-        config.accesslog = None
-        config.errorlog = logging.getLogger("hypercorn.error")
-        config.keep_alive_timeout = 3600.0
-        config.graceful_timeout = 0.2
-        async with trio.open_nursery() as nursery:
-            await nursery.start(
-                partial(serve, cast(Any, build_app(session)), config, shutdown_trigger=trio.sleep_forever, mode="asgi")
-            )
-            task_status.started(path)
-        with suppress(FileNotFoundError):
-            path.unlink()
+    """Serve the bridge until cancelled; reports the socket's path once it accepts connections.
+
+    Raises JobFailed when there can be no socket.
+    """
+    try:
+        with _socket_path(directory) as path:
+            config = HypercornConfig()
+            config.bind = [f"unix:{path}"]
+            config.umask = 0o177
+            config.accesslog = None
+            config.errorlog = logging.getLogger("hypercorn.error")
+            config.keep_alive_timeout = 3600.0
+            config.graceful_timeout = 0.2
+            app = cast(Any, build_app(session))
+            async with trio.open_nursery() as nursery:
+                await nursery.start(partial(serve, app, config, shutdown_trigger=trio.sleep_forever, mode="asgi"))
+                task_status.started(path)
+    except* OSError as errors:
+        raise JobFailed(f"no bridge in {directory}: {errors.exceptions[0]}") from errors

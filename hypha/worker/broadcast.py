@@ -6,12 +6,14 @@
 A view that adds a follower adds a recipient. A later Close of the round, or a view two rounds on, ends the sending.
 """
 
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import trio
 
-from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError
+from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError, StoreError
 from hypha.network.retry import Backoff
 from hypha.network.transfer import send_file
 from hypha.protocol.messages import Accepted, Member, Merged, OuterUpdate, RoundView
@@ -19,6 +21,7 @@ from hypha.telemetry import get_logger, inject, span_from
 from hypha.worker.session import JobContext
 
 log = get_logger("worker.broadcast")
+T = TypeVar("T")
 
 
 class Sending(Protocol):
@@ -35,6 +38,14 @@ class Sending(Protocol):
 
     async def changed(self) -> None:
         """Wait for the next change."""
+
+    async def pause(self, backoff: Backoff) -> None:
+        """Wait before another attempt."""
+
+    async def while_wanted(
+        self, operation: Callable[[], Awaitable[T | None]], still_wanted: Callable[[], bool]
+    ) -> T | None:
+        """Await `operation()`; None as soon as a change makes it unwanted."""
 
 
 class Broadcast:
@@ -74,23 +85,28 @@ class Broadcast:
         return target in view.members or target in view.followers
 
     async def _send(self, merged: Merged, target: Member) -> None:
-        backoff = self._session.backoff()
+        backoff, wanted = self._session.backoff(), partial(self._wanted, merged, target)
         with span_from(self._trace, "outer_update", round=merged.round, worker=target.peer_id):
-            while self._wanted(merged, target):
-                try:
-                    async with self._limiter:
-                        await self._attempt(merged, target)
-                except PeerUnreachable as error:
-                    log.info("Outer update not delivered yet", worker=target.peer_id, reason=str(error))
-                except Refused as refusal:
-                    if refusal.code not in ("retry", "busy"):
-                        log.info("Outer update refused", worker=target.peer_id, reason=str(refusal))
-                        return
-                except RemoteProtocolError as error:
-                    log.warn("Outer update not taken", worker=target.peer_id, reason=str(error))
-                else:
+            while wanted():
+                if await self._session.while_wanted(partial(self._try, merged, target), wanted):
                     return
-                await backoff.wait()
+                if wanted():
+                    await self._session.pause(backoff)
+
+    async def _try(self, merged: Merged, target: Member) -> bool:
+        """Whether this recipient is done with: it has the update, or will not take it from us."""
+        worker = target.peer_id
+        try:
+            async with self._limiter:
+                await self._attempt(merged, target)
+        except (PeerUnreachable, RemoteProtocolError) as error:
+            final = isinstance(error, Refused) and error.code not in ("retry", "busy")
+            log.info("Outer update not taken", worker=worker, round=merged.round, reason=str(error), final=final)
+            return final
+        except StoreError as error:
+            # The round was committed and its files have gone; whoever has not got it yet fetches the model.
+            log.warn("Outer update is not there any more", worker=worker, round=merged.round, reason=str(error))
+        return True
 
     async def _attempt(self, merged: Merged, target: Member) -> None:
         context, view, path = self._session.context, self._session.view, self._path

@@ -34,7 +34,7 @@ class ResourcesConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def detect(self, work_dir: Path) -> Resources:
         """Return the configured amounts, completed by what psutil and the GPU driver report."""
         return Resources(
-            cpu=float(len(os.sched_getaffinity(0))) if self.cpu is None else self.cpu,
+            cpu=float(count_cores()) if self.cpu is None else self.cpu,
             memory=psutil.virtual_memory().total / BYTES_PER_GB if self.memory is None else self.memory,
             storage=shutil.disk_usage(work_dir).free / BYTES_PER_GB if self.storage is None else self.storage,
             gpu=float(count_gpus()) if self.gpu is None else self.gpu,
@@ -72,7 +72,9 @@ class ExecutorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         """Refuse arguments without a program."""
         if self.args and self.cmd is None:
-            raise ValueError("args need cmd; the built-in executors take none")
+            raise ValueError("`args`: they need `cmd`; the built-in executors take none")
+        if (self.runtime == "parameter-server") and self.work != "aggregate":
+            raise ValueError("`runtime`: parameter-server is for class aggregate")
 
 
 DEFAULT_EXECUTORS = (
@@ -96,9 +98,16 @@ class Config(NodeConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Refuse two executors of one name: a scheduler asks for them by it."""
         names = [executor.name for executor in self.executors]
         if not names:
-            raise ValueError("executors: at least one is needed")
+            raise ValueError("`executors`: at least one is needed")
         if len(set(names)) < len(names):
-            raise ValueError(f"executors: names must differ, got {names}")
+            raise ValueError(f"`executors`: names must differ, got {', '.join(names)}")
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use, or where the system does not tell, how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return psutil.cpu_count() or 1
 
 
 def count_gpus() -> int:

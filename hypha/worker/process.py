@@ -3,7 +3,9 @@
     start ─▶ record on disk ─▶ running ──exit──▶ ended ─▶ group confirmed gone ─▶ record removed
                                   └──kill──▶ SIGTERM ─▶ grace ─▶ SIGKILL ──────────┘
 
-The record (process group and start time) lets a restarted worker end what its previous incarnation left behind.
+The record (process group and start time) lets a restarted worker end what its previous incarnation left behind. Start
+times are ticks since boot, so that setting the clock confuses nobody; a process whose leader is gone is known by the
+lease in its environment.
 """
 
 import os
@@ -36,6 +38,12 @@ TERMINATE_GRACE_S = 2.0
 # SIGKILL is immediate unless the kernel holds the process (a hung device); past this we say so and keep waiting.
 KILL_POLL_S = 0.02
 KILL_WARN_S = 10.0
+# What the dead wrote is in the pipe already; somebody who left the group may hold it open for longer.
+OUTPUT_GRACE_S = 1.0
+# executor.log is for people; an executor that writes without end must not fill the disk.
+LOG_BYTES_MAX = 16 << 20
+# In every executor's environment, and so in that of all it starts.
+LEASE_VARIABLE = "HYPHA_LEASE_ID"
 
 
 class Executor(Protocol):
@@ -70,10 +78,10 @@ class Launcher(Protocol):
 
 
 class ProcessRecord(msgspec.Struct, frozen=True):
-    """A process group with the start time of its leader: a recycled pid has another one."""
+    """A process group with the birth of its leader: a recycled pid has another one."""
 
     pgid: int
-    started: float
+    birth: str
 
 
 class ProcessExecutor:
@@ -83,6 +91,9 @@ class ProcessExecutor:
         self._process = process
         self._log_path = log_path
         self._lines: deque[str] = deque(maxlen=LAST_LINES_KEPT)
+        self._rest = b""
+        self._log_bytes_left = LOG_BYTES_MAX
+        self._output_ended = trio.Event()
 
     @property
     def pgid(self) -> int:
@@ -94,27 +105,44 @@ class ProcessExecutor:
         return await self._process.wait()
 
     def last_lines(self) -> tuple[str, ...]:
-        """Return at most LAST_LINES_KEPT lines."""
-        return tuple(self._lines)
+        """Return at most LAST_LINES_KEPT lines, an unfinished one last."""
+        unfinished = [_text(self._rest)] if self._rest.strip() else []
+        return (*self._lines, *unfinished)[-LAST_LINES_KEPT:]
 
     async def copy_output(self) -> None:
         """Copy standard output and error to the log until the pipe closes, whoever holds it."""
         output = self._process.stdout
         assert output is not None
-        rest = b""
-        async for chunk in output:
-            self._log(bytes(chunk))
-            *lines, rest = (rest + bytes(chunk)).split(b"\n")
-            self._lines.extend(line[:LINE_BYTES_MAX].decode(errors="replace") for line in lines if line.strip())
-            rest = rest[-LINE_BYTES_MAX:]
+        try:
+            async for chunk in output:
+                self._log(bytes(chunk))
+                *lines, rest = (self._rest + bytes(chunk)).split(b"\n")
+                self._lines.extend(_text(line) for line in lines if line.strip())
+                self._rest = rest[-LINE_BYTES_MAX:]
+        finally:
+            self._output_ended.set()
+
+    async def ended_output(self) -> None:
+        """Wait until everything it wrote has been copied, but not for ever."""
+        with trio.move_on_after(OUTPUT_GRACE_S):
+            await self._output_ended.wait()
 
     def _log(self, chunk: bytes) -> None:
         """Append to the log file; a full disk costs the log, not the job."""
+        if not self._log_bytes_left:
+            return
+        chunk = chunk[: self._log_bytes_left]
+        self._log_bytes_left -= len(chunk)
         try:
             with self._log_path.open("ab") as sink:
                 sink.write(chunk)
         except OSError as error:
+            self._log_bytes_left = 0
             self._lines.append(f"[executor.log: {error.strerror}]")
+
+
+def _text(line: bytes) -> str:
+    return line[:LINE_BYTES_MAX].decode(errors="replace").rstrip("\r")
 
 
 class ProcessLauncher:
@@ -135,24 +163,26 @@ class ProcessLauncher:
             command = command_of(what.executor, socket_path=socket_path, work_dir=what.directory, job_json=job_json)
             process = await self._spawn(command, what)
             running = ProcessExecutor(process, what.directory / "executor.log")
+            nursery.start_soon(running.copy_output)
             try:
-                self._remember(record, running.pgid)
-                nursery.start_soon(running.copy_output)
+                _write(record, msgspec.json.encode(ProcessRecord(running.pgid, birth_of(running.pgid) or "")))
                 yield running
             finally:
                 with trio.CancelScope(shield=True):
                     await end_group(running.pgid)
                     await process.wait()
+                    await running.ended_output()
                 record.unlink(missing_ok=True)
                 nursery.cancel_scope.cancel()
 
     async def _spawn(self, command: list[str], what: Launch) -> trio.Process:
         threads = str(what.threads)
+        own = {"OMP_NUM_THREADS": threads, "HYPHA_THREADS": threads, LEASE_VARIABLE: what.lease_id}
         try:
             return await trio.lowlevel.open_process(
                 command,
                 cwd=what.directory,
-                env={**self._environment, "OMP_NUM_THREADS": threads, "HYPHA_THREADS": threads},
+                env={**self._environment, **own},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -160,13 +190,6 @@ class ProcessLauncher:
             )
         except OSError as error:
             raise JobFailed(f"executor {command[0]!r} did not start: {error}") from error
-
-    def _remember(self, record: Path, pgid: int) -> None:
-        try:
-            started = psutil.Process(pgid).create_time()
-        except psutil.NoSuchProcess:
-            return
-        _write(record, msgspec.json.encode(ProcessRecord(pgid, started)))
 
     async def end_leftovers(self) -> int:
         """Kill what a previous incarnation of this worker left running; returns how many groups."""
@@ -177,7 +200,7 @@ class ProcessLauncher:
             except (OSError, msgspec.DecodeError):
                 record.unlink(missing_ok=True)
                 continue
-            if _is_same(left):
+            if _is_ours(left, record.stem):
                 log.warn("Ending an executor of an earlier run", process_group=left.pgid)
                 await end_group(left.pgid)
                 ended += 1
@@ -192,12 +215,36 @@ def _write(path: Path, data: bytes) -> None:
         raise StoreError(f"{path}: {error.strerror}") from error
 
 
-def _is_same(left: ProcessRecord) -> bool:
+def birth_of(pid: int) -> str | None:
+    """Return what tells a process from any other that had or will have its pid; None when there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return _birth_elsewhere(pid)
+    return f"{boot} {int(fields[19])}"  # proc(5), field 22: starttime, in ticks since boot
+
+
+def _birth_elsewhere(pid: int) -> str | None:
+    """The same where there is no /proc: the kernel keeps the time at which it started the process."""
     with suppress(psutil.NoSuchProcess):
-        started: float = psutil.Process(left.pgid).create_time()
-        return abs(started - left.started) < 1.0
-    # The leader is gone; whatever still carries its group id was started by it.
-    return bool(group_members(left.pgid))
+        return str(psutil.Process(pid).create_time())
+    return None
+
+
+def _is_ours(left: ProcessRecord, lease_id: str) -> bool:
+    birth = birth_of(left.pgid)
+    if birth is not None:
+        return birth == left.birth
+    # The leader is gone; what it started may live on in its group.
+    return any(_lease_of(pid) == lease_id for pid in group_members(left.pgid))
+
+
+def _lease_of(pid: int) -> str | None:
+    with suppress(psutil.Error):
+        lease_id: str | None = psutil.Process(pid).environ().get(LEASE_VARIABLE)
+        return lease_id
+    return None
 
 
 def command_of(executor: ExecutorConfig, *, socket_path: Path, work_dir: Path, job_json: Path) -> list[str]:
@@ -227,7 +274,7 @@ def group_members(pgid: int) -> list[int]:
     return sorted(found)
 
 
-def _signal_group(pgid: int, number: signal.Signals) -> bool:
+def _signal_group(pgid: int, number: int) -> bool:
     try:
         os.killpg(pgid, number)
     except ProcessLookupError:
@@ -254,5 +301,6 @@ async def end_group(pgid: int) -> None:
 
 
 async def _gone(pgid: int) -> None:
-    while group_members(pgid):  # noqa: ASYNC110 - the kernel offers no event for the end of a group
+    # Signal 0 only asks, and costs less than looking at every process; zombies answer it, too.
+    while _signal_group(pgid, 0) and group_members(pgid):  # noqa: ASYNC110 - the end of a group is no event
         await trio.sleep(KILL_POLL_S)

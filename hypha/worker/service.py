@@ -8,7 +8,9 @@ Network ──────────┤                                       
 """
 
 import os
+import stat
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -51,7 +53,7 @@ from hypha.worker.cache import SliceCache
 from hypha.worker.config import Config, executor_named
 from hypha.worker.environment import executor_environment
 from hypha.worker.fences import FenceKeeper
-from hypha.worker.jobs import AnySession, Jobs, remove_leftovers
+from hypha.worker.jobs import AnySession, Jobs, job_directories, remove_leftovers
 from hypha.worker.process import Launcher, ProcessLauncher
 from hypha.worker.trainer import TrainSession
 
@@ -81,13 +83,18 @@ class Worker:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Offer, run jobs and answer until cancelled; then end every job and every lease."""
         await self.cache.open()
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self.jobs.run)
-            self._register()
-            nursery.start_soon(self._sweep)
-            await nursery.start(self.arbiter.run)
-            log.info("Worker ready", capacity=str(self.ledger.capacity))
-            task_status.started()
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.jobs.run)
+                self._register()
+                nursery.start_soon(self._sweep)
+                await nursery.start(self.arbiter.run)
+                log.info("Worker ready", capacity=str(self.ledger.capacity))
+                task_status.started()
+        finally:
+            now = self._runtime.now()
+            for lease in self.ledger.leases(now):
+                self.ledger.revoke(lease.lease_id, reason="the worker is shutting down", now=now)
 
     def _register(self) -> None:
         network = self._network
@@ -239,13 +246,23 @@ async def run(config: Config, *, task_status: trio.TaskStatus[None] = trio.TASK_
         try:
             disk = RealDisk(work_dir)
             held.enter_context(disk.lock(f"{FENCES_FILE}.lock"))
-            fences = FenceKeeper(FenceFile(disk, identity.peer_id), runtime)
+            fence_seen = max(job_directories(work_dir).values(), default=-1)
+            fences = FenceKeeper(FenceFile(disk, identity.peer_id, fence_seen=fence_seen), runtime)
             records = work_dir / "processes"
             disk.mkdir(records.name)
         except StoreError as error:
-            raise ConfigError(f"work_dir: {error}") from error
+            raise ConfigError(f"`work_dir`: {error}") from error
+        _warn_if_open_to_others(work_dir)
         launcher = ProcessLauncher(records, executor_environment(os.environ))
         await launcher.end_leftovers()
         await runtime.run_blocking(remove_leftovers, work_dir)
         async with open_network(identity, config, role="worker", runtime=runtime) as network:
             await Worker(network, runtime, config, launcher, fences).run(task_status=task_status)
+
+
+def _warn_if_open_to_others(work_dir: Path) -> None:
+    mode = stat.S_IMODE(work_dir.stat().st_mode)
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        log.warn(
+            "work_dir is writable by others, who may replace what jobs work on", path=str(work_dir), mode=f"{mode:o}"
+        )

@@ -4,17 +4,17 @@
     executor ── fetch, send, report ──▶ Session ── requests, streams ──▶ network
 
 `TrainSession` and `AggregateSession` add the two kinds of work. A session never outlives its lease: whoever runs it
-cancels it. It keeps a clock of what the executor owes, so that a silent one is found (`stall_s`).
+cancels it, and then ends it, which lets everybody go who waits in it on behalf of another peer.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import trio
 from msgspec import Struct
 
-from hypha.errors import JobFailed, Refused, RemoteProtocolError
+from hypha.errors import HyphaError, JobFailed, Refused, RemoteProtocolError
 from hypha.network.fetch import Providers, fetch_slice
 from hypha.network.outbox import Outbox
 from hypha.network.retry import Backoff, insist
@@ -34,9 +34,10 @@ from hypha.protocol.job import JobSpec
 from hypha.protocol.messages import Committed, Message, Request, RoundView, SliceRef
 from hypha.protocol.views import Verdict, ViewGuard
 from hypha.runtime import Runtime
-from hypha.telemetry import forward, get_logger, metrics
+from hypha.telemetry import Kind, forward, get_logger, metrics
 from hypha.worker.cache import SliceCache
 from hypha.worker.config import TransferConfig
+from hypha.worker.owed import Owed
 from hypha.worker.sources import fetch_source
 
 log = get_logger("worker.session")
@@ -63,26 +64,6 @@ class JobContext(Struct, frozen=True, kw_only=True):
     stall_s: float
 
 
-class Owed:
-    """Since when the executor owes us a word: a clock that runs only while it is the executor's turn."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self._since: float | None = runtime.now()
-
-    def ours(self) -> None:
-        """It waits for us now."""
-        self._since = None
-
-    def theirs(self) -> None:
-        """It is the executor's turn, from now."""
-        self._since = self._runtime.now()
-
-    def silent_s(self) -> float:
-        """Seconds that it has owed us something; 0 while it waits for us."""
-        return 0.0 if self._since is None else self._runtime.now() - self._since
-
-
 class Session:
     """One job on this worker. Subclasses answer `fetch`, `send` and `report`."""
 
@@ -92,6 +73,7 @@ class Session:
         self.owed = Owed(context.runtime)
         self.failure: str | None = None
         self.stopped = False
+        self.ended = False
         self._events_in, self._events_out = trio.open_memory_channel[Event](EVENTS_BUFFERED_MAX)
         self._changed = trio.Event()
         self.outbox = Outbox(
@@ -130,7 +112,7 @@ class Session:
         """Tell the executor, and everybody here who waits, of a new view."""
         me = self.context.lease_id
         for server, addresses in zip(view.servers, view.server_addresses, strict=False):
-            self.context.network.learn(server.peer_id, addresses)
+            self._learn(server.peer_id, addresses)
         self.emit(
             ViewChanged(
                 view=view.view,
@@ -143,6 +125,13 @@ class Session:
             )
         )
         self.wake()
+
+    def _learn(self, peer_id: str, addresses: bytes) -> None:
+        try:
+            self.context.network.learn(peer_id, addresses)
+        except RemoteProtocolError as error:
+            # The view stands whatever its addresses are worth; the peer may be found in another way.
+            log.warn("Addresses not learned", peer_id=peer_id, reason=str(error))
 
     def committed(self, message: Committed, peer_id: str) -> None:
         """Pass on that a round is durable. Raises Refused when `peer_id` is not the scheduler of the epoch."""
@@ -157,8 +146,15 @@ class Session:
         self._changed = trio.Event()
 
     async def changed(self) -> None:
-        """Wait for the next change: a view, a file, an answer of the executor's."""
+        """Wait for the next change: a view, a file, an answer of the executor's. Raises Refused once all is over."""
+        if self.ended:
+            raise Refused(f"job {self.context.job.job_id} is over here", "retry")
         await self._changed.wait()
+
+    def end(self) -> None:
+        """Nothing runs any more: let go of peers that still wait for something."""
+        self.ended = True
+        self.wake()
 
     async def until(self, ready: Callable[[], bool]) -> None:
         """Wait until `ready()`; it is asked again after each change."""
@@ -205,7 +201,9 @@ class Session:
 
     async def telemetry(self, kind: str, body: bytes) -> None:
         """Export an OTLP batch. Raises RemoteProtocolError for a kind that does not exist."""
-        forward(kind, body)  # type: ignore[arg-type]  # checked there
+        if kind not in get_args(Kind):
+            raise RemoteProtocolError(f"telemetry is traces, metrics or logs, not {kind!r}")
+        forward(kind, body)  # type: ignore[arg-type]  # checked
 
     def file(self, relative: str) -> Path:
         """Return the path of a file the executor named. Raises RemoteProtocolError when it lies outside."""
@@ -263,24 +261,55 @@ class Session:
         transfers = self.context.transfers
         return Backoff(self.context.runtime, base_s=transfers.backoff_s, max_s=transfers.backoff_max_s)
 
+    async def pause(self, backoff: Backoff) -> None:
+        """Wait before another attempt; a change ends it early, since it may be what the attempt lacked."""
+        with trio.move_on_after(backoff.next_s()):
+            await self.changed()
+
     async def insist(self, peer_id: str, message: Request[R], still_wanted: Callable[[], bool]) -> R | None:
-        """Repeat a request until answered or not wanted; see `hypha.network.retry.insist`."""
-        return await insist(
-            self.context.network,
-            peer_id,
-            message,
-            backoff=self.backoff(),
-            patience_s=self.context.transfers.stall_s,
-            still_wanted=still_wanted,
-        )
+        """Repeat a request until answered, or until a change makes it unwanted: then None, at once.
+
+        Raises Refused and RemoteProtocolError like `hypha.network.retry.insist`.
+        """
+
+        async def asking() -> R | None:
+            return await insist(
+                self.context.network,
+                peer_id,
+                message,
+                backoff=self.backoff(),
+                patience_s=self.context.transfers.stall_s,
+                still_wanted=still_wanted,
+            )
+
+        return await self.while_wanted(asking, still_wanted)
+
+    async def while_wanted(
+        self, operation: Callable[[], Awaitable[T | None]], still_wanted: Callable[[], bool]
+    ) -> T | None:
+        """Await `operation()`; None as soon as a change makes it unwanted. A HyphaError of its own passes as it is."""
+        result: T | None = None
+        failure: HyphaError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._cancel_when_unwanted, still_wanted, nursery.cancel_scope)
+            try:
+                result = await operation()
+            except HyphaError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return result
+
+    async def _cancel_when_unwanted(self, still_wanted: Callable[[], bool], scope: trio.CancelScope) -> None:
+        while still_wanted() and not self.ended:
+            await self._changed.wait()
+        scope.cancel()
 
     async def waiting(self, answer: Awaitable[T]) -> T:
         """Await something on the executor's behalf: it owes us nothing meanwhile."""
-        self.owed.ours()
-        try:
+        with self.owed.answering():
             return await answer
-        finally:
-            self.owed.theirs()
 
     async def watch(self) -> None:
         """Raise JobFailed when the executor gave up or owes us a word for longer than `stall_s`."""
@@ -307,7 +336,11 @@ def refusal(verdict: Verdict) -> Refused:
 def confined(directory: Path, relative: str) -> Path:
     """Return `directory / relative` when that is a regular file inside it, links resolved; otherwise refuse."""
     root = directory.resolve()
-    path = (root / relative).resolve()
-    if Path(relative).is_absolute() or not path.is_relative_to(root) or not path.is_file():
-        raise RemoteProtocolError(f"path {relative!r} is not a file inside the work directory")
+    try:
+        path = (root / relative).resolve()
+        inside = not Path(relative).is_absolute() and path.is_relative_to(root) and path.is_file()
+    except (OSError, RuntimeError, ValueError):  # a name too long, links in a circle, a zero byte
+        inside = False
+    if not inside:
+        raise RemoteProtocolError(f"path {relative[:200]!r} is not a file inside the work directory")
     return path

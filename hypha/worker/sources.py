@@ -10,7 +10,7 @@ from pathlib import Path
 from hypha.errors import PeerUnreachable, RemoteProtocolError
 from hypha.protocol.job import ModelSpec, PreprocessorSpec
 
-# Everything from_pretrained reads; never pickled weights, never code.
+# Everything from_pretrained reads; never pickled weights, which run code when loaded, and never code.
 ALLOWED_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*.jinja"]
 
 
@@ -25,7 +25,16 @@ def fetch_source(spec: ModelSpec | PreprocessorSpec) -> str:
             raise RemoteProtocolError(f"path {spec.path!r} is not a directory on this worker")
         return str(directory.resolve())
     assert spec.repository is not None
-    return _snapshot(spec.repository, spec.revision)
+    snapshot = _snapshot(spec.repository, spec.revision)
+    if isinstance(spec, ModelSpec) and not any(Path(snapshot).rglob("*.safetensors")):
+        raise RemoteProtocolError(
+            f"hub: {_say(spec.repository, spec.revision)}: no safetensors weights; pickled ones are never loaded"
+        )
+    return snapshot
+
+
+def _say(repository: str, revision: str | None) -> str:
+    return repository if revision is None else f"{repository} at revision {revision}"
 
 
 def _snapshot(repository: str, revision: str | None) -> str:
@@ -33,11 +42,15 @@ def _snapshot(repository: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    what = f"hub: {_say(repository, revision)}"
     try:
         return os.path.realpath(snapshot_download(repository, revision=revision, allow_patterns=ALLOWED_FILES))
     except LocalEntryNotFoundError as error:
-        raise PeerUnreachable(f"hub: {repository}: {error}") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise RemoteProtocolError(f"hub: {repository}: {error}") from error
+        raise PeerUnreachable(f"{what}: {error}") from error
+    except HfHubHTTPError as error:
+        later = error.response.status_code >= 500 or error.response.status_code == 429
+        raise (PeerUnreachable if later else RemoteProtocolError)(f"{what}: {error}") from error
+    except HFValidationError as error:
+        raise RemoteProtocolError(f"{what}: {error}") from error
     except (httpx.HTTPError, OSError) as error:
-        raise PeerUnreachable(f"hub: {repository}: {error}") from error
+        raise PeerUnreachable(f"{what}: {error}") from error

@@ -8,15 +8,16 @@
 The executor's reports are answered from what is known here; they travel to the scheduler in the background.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from hypha.errors import LocalProtocolError, PeerUnreachable, Refused, RemoteProtocolError
+from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError, StoreError
 from hypha.network.artifacts import fetch_artifact
 from hypha.network.seam import Stream
-from hypha.network.transfer import receive_file, send_file
+from hypha.network.transfer import partial_path, receive_file, send_file
 from hypha.protocol import bridge
 from hypha.protocol.messages import (
     Accepted,
@@ -51,6 +52,7 @@ class TrainSession(Session):
         super().__init__(context)
         self._instruction: bridge.Instruction = bridge.GoOn()
         self._received: tuple[int, int, str] | None = None  # (round, close, digest) of the newest outer update
+        self._arrivals = 0
 
     async def run(self) -> None:
         """Send what the executor reports, until cancelled. Raises JobFailed when the executor has failed."""
@@ -79,22 +81,25 @@ class TrainSession(Session):
                 raise RemoteProtocolError("a training executor has no resume point: it fetches the base")
 
     async def _fetch_base(self) -> bridge.BaseFetched:
-        """Fetch the newest view's base from one of its servers, starting over when the view moves on."""
+        """Fetch the newest view's base from one of its servers, starting over as soon as the view moves on."""
         backoff = self.backoff()
         while True:
             await self.until(lambda: self.view is not None)
             view = self.view
             assert view is not None
             path = self.context.directory / f"model-{view.round - 1}-{view.base_digest[:16]}.safetensors"
-            file = await self._try_fetch(view, path)
-            if file is not None and self._same_base(view):
+            file = await self.while_wanted(partial(self._try_fetch, view, path), partial(self._stands, view))
+            if not self._stands(view):
+                await self.context.runtime.run_blocking(_discard, path)
+            elif file is not None:
                 return bridge.BaseFetched(round=view.round, file=file, traceparent=view.traceparent)
-            if file is None:
-                await backoff.wait()
+            else:
+                await self.pause(backoff)
 
-    def _same_base(self, view: RoundView) -> bool:
+    def _stands(self, view: RoundView) -> bool:
+        """Whether what was begun under `view` is still to the point: the same base, held by the same servers."""
         newest = self.view
-        return newest is not None and (newest.round, newest.base_digest) == (view.round, view.base_digest)
+        return newest is not None and _aim(newest) == _aim(view)
 
     async def _try_fetch(self, view: RoundView, path: Path) -> bridge.FileRef | None:
         wanted = FetchModel(
@@ -148,53 +153,61 @@ class TrainSession(Session):
     def _open(self, round_asked: int) -> bool:
         return not self.stopped and self.view is not None and self.view.round == round_asked
 
+    def _goes_on_with(self, view: RoundView) -> bool:
+        return self._stands(view) and not self.stopped
+
     # --- send -----------------------------------------------------------------------------------------------------
 
     async def send(self, request: bridge.Send) -> bridge.Sent:
         """Push an update to every parameter server; retried until they answer or the round has moved on."""
-        self.owed.ours()
         started = self.context.runtime.now()
         with extracted(request.traceparent or self.round_trace()), span("push_update", round=request.round) as pushing:
-            answer = await self._push(request)
+            answer = await self.waiting(self._push(request))
             pushing.set(answer=type(answer).__name__)
         metrics.GRADIENT_TRANSMISSION_TIME.record(self.context.runtime.now() - started)
-        if not isinstance(answer, bridge.SendAccepted):
-            self.owed.theirs()
+        if isinstance(answer, bridge.SendAccepted):
+            self.owed.settle()  # it waits for the round to close, however long that takes
         return answer
 
     async def _push(self, request: bridge.SendUpdate) -> bridge.Sent:
+        path = self.file(request.file.path)
         backoff = self.backoff()
         while not self.stopped:
             view = self.view
-            assert view is not None, "an executor that sends has had a base"
+            if view is None:
+                raise RemoteProtocolError("an update before there was a view")
             if (view.round, view.base_digest) != (request.round, request.base_digest):
                 return bridge.SendRebase(round=view.round, base_digest=view.base_digest)
-            try:
-                answer = await self._push_to_all(view, request)
-            except (PeerUnreachable, RemoteProtocolError) as error:
-                log.info("Update not delivered yet", round=request.round, reason=str(error))
-                answer = None
+            pushing, wanted = partial(self._push_to_all, view, request, path), partial(self._goes_on_with, view)
+            answer: bridge.Sent | None = await self.while_wanted(pushing, wanted)
             if answer is not None:
                 return answer
-            with trio.move_on_after(backoff.next_s()):
-                await self.changed()
+            if wanted():
+                await self.pause(backoff)
         return bridge.SendRefused(reason="the job is over")
 
-    async def _push_to_all(self, view: RoundView, request: bridge.SendUpdate) -> bridge.Sent | None:
-        """Return the first answer that is not Accepted, else Accepted; None when there is no server to ask."""
+    async def _push_to_all(self, view: RoundView, request: bridge.SendUpdate, path: Path) -> bridge.Sent | None:
+        """Return the first answer that is not Accepted, else Accepted; None when it is worth another attempt."""
         for server in view.servers:
-            match await self._push_to(view, server, request):
+            try:
+                answer = await self._push_to(view, server, request, path)
+            except (PeerUnreachable, RemoteProtocolError) as error:
+                log.info("Update not delivered yet", round=request.round, server=server.peer_id, reason=str(error))
+                return None
+            match answer:
                 case Accepted():
                     continue
                 case Rebase() as rebase:
                     return bridge.SendRebase(round=rebase.round, base_digest=rebase.base_digest)
                 case UpdateRefused() as refused:
+                    log.warn("Update refused", round=request.round, server=server.peer_id, reason=refused.reason)
                     return bridge.SendRefused(reason=refused.reason)
                 case other:
-                    raise RemoteProtocolError(f"{server.peer_id} answered PushUpdate with {type(other).__name__}")
+                    log.warn("Update answered badly", server=server.peer_id, answer=type(other).__name__)
+                    return None
         return bridge.SendAccepted() if view.servers else None
 
-    async def _push_to(self, view: RoundView, server: Member, request: bridge.SendUpdate) -> Message:
+    async def _push_to(self, view: RoundView, server: Member, request: bridge.SendUpdate, path: Path) -> Message:
         context = self.context
         header = PushUpdate(
             job_id=view.job_id,
@@ -210,7 +223,6 @@ class TrainSession(Session):
             stream = await context.network.open_stream(server.peer_id, header)
             try:
                 patience.deadline = float("inf")  # the transport finds a transfer that stands still
-                path = self.file(request.file.path)
                 await send_file(stream, path, offset=0, length=request.file.bytes, runtime=context.runtime)
                 await stream.send_eof()
                 return await stream.receive_message(Message)
@@ -236,11 +248,12 @@ class TrainSession(Session):
 
     async def report(self, report: bridge.Report) -> bridge.Instruction:
         """Take note and answer with the newest instruction."""
-        self.owed.theirs()
+        self.owed.heard()
         match report:
             case bridge.TrainProgress():
                 self._note_progress(report)
             case bridge.BaseReady():
+                self.owed.owe()
                 self._note_ready(report)
             case bridge.ExecutorFailed():
                 self.gave_up(report)
@@ -251,7 +264,7 @@ class TrainSession(Session):
     def _note_progress(self, report: bridge.TrainProgress) -> None:
         view = self.view
         if view is None:
-            raise LocalProtocolError("progress before there was a view")
+            raise RemoteProtocolError("progress before there was a view")
         progress = Progress(
             job_id=view.job_id,
             job_epoch=view.job_epoch,
@@ -268,8 +281,8 @@ class TrainSession(Session):
 
     def _note_ready(self, report: bridge.BaseReady) -> None:
         view = self.view
-        if view is None:
-            raise LocalProtocolError("ready before there was a view")
+        if view is None or not report.round:
+            raise RemoteProtocolError(f"ready for round {report.round} before there was a view of it")
         ready = Ready(
             job_id=view.job_id,
             job_epoch=view.job_epoch,
@@ -290,11 +303,18 @@ class TrainSession(Session):
     # --- outer updates --------------------------------------------------------------------------------------------
 
     async def receive_update(self, stream: Stream, header: OuterUpdate) -> None:
-        """Take an outer update from a parameter server of the newest view and hand it to the executor."""
+        """Take an outer update from a parameter server of the newest view and hand it to the executor, once."""
         self._judge(stream.peer.peer_id, header)
-        key = (header.round, header.close, header.digest)
-        if self._received != key:
-            path = self.context.directory / f"update-{header.round}-{header.close}.safetensors"
+        if self._received != _key(header):
+            await self._take(stream, header)
+        await stream.send_message(Accepted(digest=header.digest))
+
+    async def _take(self, stream: Stream, header: OuterUpdate) -> None:
+        # A repetition may come while the first is under way, so each arrives in a file of its own.
+        self._arrivals += 1
+        path = self.context.directory / f"update-{header.round}-{header.close}-{self._arrivals}.safetensors"
+        handed_over = False
+        try:
             await receive_file(
                 stream,
                 path,
@@ -304,12 +324,20 @@ class TrainSession(Session):
                 offset=0,
                 runtime=self.context.runtime,
             )
-            if self._received != key:
-                self._received = key
+            self._judge(stream.peer.peer_id, header)  # the view may have moved on meanwhile
+            if self._received != _key(header):
+                self._received, handed_over = _key(header), True
                 self._hand_over(header, path.name)
-        await stream.send_message(Accepted(digest=header.digest))
+        except StoreError as error:
+            self.fail(str(error))
+            raise Refused(f"the update cannot be stored: {error}", "retry") from error
+        finally:
+            if not handed_over:
+                _discard(path)
 
     def _judge(self, peer_id: str, header: OuterUpdate) -> None:
+        if header.job_id != self.context.job.job_id:
+            raise Refused(f"this lease is for job {self.context.job.job_id}, not {header.job_id}")
         verdict = self.guard.check_server(job_epoch=header.job_epoch, view=header.view, peer_id=peer_id)
         if verdict is not None:
             raise refusal(verdict)
@@ -322,7 +350,7 @@ class TrainSession(Session):
 
     def _hand_over(self, header: OuterUpdate, name: str) -> None:
         file = bridge.FileRef(path=name, bytes=header.bytes, digest=header.digest)
-        self.owed.theirs()
+        self.owed.owe()
         self.emit(
             bridge.UpdateArrived(
                 round=header.round,
@@ -333,3 +361,16 @@ class TrainSession(Session):
                 traceparent=inject() or header.traceparent,
             )
         )
+
+
+def _aim(view: RoundView) -> tuple[int, str, tuple[Member, ...]]:
+    return view.round, view.base_digest, view.servers
+
+
+def _key(header: OuterUpdate) -> tuple[int, int, str]:
+    return header.round, header.close, header.digest
+
+
+def _discard(path: Path) -> None:
+    for each in (path, partial_path(path)):
+        each.unlink(missing_ok=True)
