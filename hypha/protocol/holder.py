@@ -95,6 +95,11 @@ class HeldLease:
         ended = f", {self.reason}" if self.reason else ""
         return f"<lease {self.lease_id} fence {self.fence} of {self.worker}: {self.state.value}{ended}>"
 
+    @property
+    def ttl_s(self) -> float:
+        """How long the grantor last granted, in seconds; before the first answer, what it offered."""
+        return self._ttl_s
+
     def is_live(self, now: float) -> bool:
         """Whether what is done under the lease now may count: accepted, not ended, before the deadline."""
         return self.state is HolderState.HELD and now < self.deadline

@@ -5,12 +5,12 @@ Ready ─▶ counted from the next view                              Collected �
 Evaluated ─▶ noted                                               JobStatus ─▶ lease released, replaced
 """
 
+from pathlib import Path
 from typing import Any
 
-import hypha
-from hypha.errors import Refused
+from hypha.errors import Refused, StoreError
 from hypha.network.artifacts import serve_artifact
-from hypha.network.seam import Peer, Stream
+from hypha.network.seam import Network, Peer, Stream
 from hypha.protocol.messages import (
     Ack,
     Collected,
@@ -18,8 +18,6 @@ from hypha.protocol.messages import (
     Done,
     Evaluated,
     FetchModel,
-    Health,
-    HealthReport,
     JobStatus,
     Member,
     NoMore,
@@ -44,22 +42,51 @@ TRAINING = (Part.MEMBER, Part.FOLLOWER)
 
 
 class Answers:
-    """Handlers of one job's messages; `register` puts them on the network."""
+    """Handlers of one job's messages, on the network from the start; before `begin` the answer is "retry".
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._job = coordinator
+    A worker that a restarted scheduler has not asked yet must not take "unknown" for an answer. `scratch` is a folder
+    for copies of what lies in a remote store.
+    """
 
-    def register(self) -> None:
-        """Serve everything that workers ask of a scheduler."""
-        network = self._job.network
+    def __init__(self, network: Network, scratch: Path) -> None:
+        self._coordinator: Coordinator | None = None
+        self._scratch = scratch
         network.serve(SliceRequest, self._slice_request, roles=WORKERS)
         network.serve(Progress, self._progress, roles=WORKERS)
         network.serve(Ready, self._ready, roles=WORKERS)
         network.serve(Collected, self._collected, roles=WORKERS)
         network.serve(Evaluated, self._evaluated, roles=WORKERS)
         network.serve(JobStatus, self._job_status, roles=WORKERS)
-        network.serve(Health, self._health)
         network.accept_streams(FetchModel, self._fetch_model, roles=WORKERS)
+
+    def begin(self, coordinator: Coordinator) -> None:
+        """From now on answer for this job."""
+        self._coordinator = coordinator
+
+    @property
+    def _job(self) -> Coordinator:
+        if self._coordinator is None:
+            raise Refused("the scheduler is starting", "retry")
+        return self._coordinator
+
+    def detail(self) -> dict[str, str]:
+        """Return what the job is at, for people."""
+        job = self._coordinator
+        if job is None:
+            return {}
+        book, live, resources = job.book, job.pool.live(), job.progress
+        held_out = resources.held_out
+        return {
+            "job": book.terms.job_id,
+            "job_epoch": str(book.job_epoch),
+            "round": f"{book.round} of {book.terms.updates}",
+            "committed": str(book.committed_round),
+            "samples": str(book.samples),
+            "held_out": "" if not held_out else f"{held_out[max(held_out)]:.4f} after round {max(held_out)}",
+            "leases": ", ".join(f"{w.work} {w.member.peer_id} fence {w.member.fence}" for w in live),
+            "round_waits": job.waiting,
+            "last_failure": job.failures[-1] if job.failures else "",
+        }
 
     def _worker(self, peer: Peer, lease_id: str, fence: int) -> LeasedWorker:
         worker = self._job.pool.by_lease(lease_id)
@@ -89,7 +116,11 @@ class Answers:
         if interval is None:
             return NoMore(round=message.round)
         grant = Grant(member=member, round=message.round, request=message.request, interval=interval)
-        await job.runtime.run_blocking(job.store.note, Granted(grant=grant))
+        try:
+            await job.scribe.note(Granted(grant=grant))
+        except StoreError as error:
+            # The grant stays with its request: asked again, it is journaled again, and then sent.
+            raise Refused(f"the grant cannot be journaled: {error}", "retry") from error
         metrics.SLICES_ALLOCATED.add(1)
         return SliceGrant(round=message.round, interval=interval, slice=job.book.table.slices[interval.slice])
 
@@ -115,7 +146,7 @@ class Answers:
                 momentum_digest=message.momentum_digest,
             )
             if reason is not None:
-                raise Refused(reason, "retry")
+                raise self._not_ready(worker, message, reason)
             job.server_ready(worker.member, message)
         else:
             reason = job.book.worker_ready(worker.member, round=message.round, digest=message.digest)
@@ -123,6 +154,14 @@ class Answers:
                 raise Refused(reason)
         job.wake()
         return Ack()
+
+    def _not_ready(self, server: LeasedWorker, message: Ready, reason: str) -> Refused:
+        """A server at another round may come to the committed one; one with another model there never will."""
+        book = self._job.book
+        if book.uncommitted is not None or message.round != book.committed_round:
+            return Refused(reason, "retry")
+        self._job.failed(server, reason, ())
+        return Refused(reason)
 
     # --- parameter servers ----------------------------------------------------------------------------------------
 
@@ -153,43 +192,26 @@ class Answers:
         job = self._job
         if not any(w.work == "aggregate" and w.member.peer_id == stream.peer.peer_id for w in job.pool.live()):
             raise Refused(f"{stream.peer.peer_id} serves no parameters of this job")
-        path = await job.runtime.run_blocking(job.store.find, header.part, header.round, header.digest)
+        try:
+            path = await job.runtime.run_blocking(
+                job.store.find, header.part, header.round, header.digest, self._scratch
+            )
+        except StoreError as error:
+            raise Refused(f"{header.part} of round {header.round} cannot be read: {error}", "retry") from error
         if path is None:
             raise Refused(f"{header.part} {header.digest[:12]} of round {header.round} is not stored here")
         size = (await job.runtime.run_blocking(path.stat)).st_size
         await serve_artifact(stream, header, path, size=size, runtime=job.runtime)
 
-    # --- jobs and health ------------------------------------------------------------------------------------------
+    # --- jobs -----------------------------------------------------------------------------------------------------
 
     async def _job_status(self, peer: Peer, message: JobStatus) -> Ack:
         job = self._job
         worker = self._worker(peer, message.lease_id, message.fence)
-        if not message.finished and not job.book.final:
+        if not job.book.final:
+            # Finished is no better than failed while there are rounds to come: nobody works under this lease.
             job.failed(worker, message.reason, message.last_lines)
-            job.died(worker, f"its executor failed: {message.reason}")
-            await job.pool.release(worker, "executor failed")
         return Ack()
-
-    async def _health(self, _peer: Peer, _message: Health) -> HealthReport:
-        job = self._job
-        book = job.book
-        live = job.pool.live()
-        return HealthReport(
-            peer_id=job.network.peer_id,
-            role="scheduler",
-            version=hypha.__version__,
-            uptime_s=job.runtime.now() - job.progress.started_at,
-            detail={
-                "job": book.terms.job_id,
-                "job_epoch": str(book.job_epoch),
-                "round": f"{book.round} of {book.terms.updates}",
-                "committed": str(book.committed_round),
-                "samples": str(book.samples),
-                "leases": ", ".join(f"{w.work} {w.member.peer_id} fence {w.member.fence}" for w in live),
-                "waiting": job.waiting,
-                "last_failure": job.failures[-1] if job.failures else "",
-            },
-        )
 
 
 def _refusal(verdict: Verdict) -> Refused:

@@ -20,6 +20,7 @@ from hypha.protocol.closing import Outcome
 from hypha.protocol.messages import FetchModel, Member, Merged
 from hypha.runtime import Runtime
 from hypha.scheduler.config import CheckpointConfig
+from hypha.scheduler.standing import Standing
 from hypha.scheduler.store import Deposed, JobStore
 from hypha.telemetry import ChangeLogger, get_logger, span
 
@@ -52,6 +53,7 @@ class Committer:
         downloads: Path,
         patience_s: float,
         alive: Callable[[Member], bool],
+        standing: Standing,
     ) -> None:
         self._network = network
         self._runtime = runtime
@@ -62,6 +64,7 @@ class Committer:
         self._downloads = downloads
         self._patience_s = patience_s
         self._alive = alive
+        self._standing = standing
         self._said = ChangeLogger(log)
 
     def stores_state(self, round_made: int) -> bool:
@@ -135,10 +138,11 @@ class Committer:
             except Deposed:
                 raise
             except StoreError as error:
-                self._said.log_when_changed("store", f"the job's store cannot be written: {error}")
+                self._standing.note("store", f"the job's store cannot be written: {error}")
                 await backoff.wait()
             else:
-                self._said.forget("store")
+                if self._standing.clear("store"):
+                    log.info("The job's store can be written again")
                 return
 
     def _backoff(self) -> Backoff:

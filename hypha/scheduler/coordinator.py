@@ -4,8 +4,8 @@
     servers ── Ready, Collected, Evaluated ───────────────▶ │ Coordinator │ ──▶ CloseRound to the servers
     pool ───── a lease died ──────────────────────────────▶ └─────────────┘ ──▶ Committer: record, chain entry
 
-Nothing that a message does takes effect before the book let it pass (L2), and no grant or exclusion leaves before it is
-in the journal (L6).
+Nothing that a message does takes effect before the book let it pass (L2), and no grant leaves, nor is what an exclusion
+frees granted again, before it is in the journal (L6).
 """
 
 from collections import deque
@@ -19,14 +19,15 @@ from hypha.network.retry import Backoff, attempt
 from hypha.network.seam import Network
 from hypha.protocol.closing import Close, Outcome
 from hypha.protocol.messages import CloseRound, Committed, Member, Merging, Ready, RoundView
-from hypha.protocol.rounds import RoundBook
+from hypha.protocol.rounds import RoundBook, Waiting
 from hypha.protocol.tally import Exclude
 from hypha.runtime import Runtime
 from hypha.scheduler.committer import Committer, Wanted
 from hypha.scheduler.pace import Pacing
-from hypha.scheduler.pool import LeasedWorker, Pool
+from hypha.scheduler.pool import TICK_S, LeasedWorker, Pool
 from hypha.scheduler.progress import JobProgress
-from hypha.scheduler.records import Excluded, LeaseEnded
+from hypha.scheduler.scribe import Scribe
+from hypha.scheduler.standing import Standing
 from hypha.scheduler.store import JobStore
 from hypha.telemetry import Span, get_logger, metrics, start_span
 
@@ -34,9 +35,11 @@ log = get_logger("scheduler")
 
 BACKOFF_S = 0.1
 BACKOFF_MAX_S = 5.0
-# So many executors failing with no round committed between them is not bad luck.
+# So many failures with no round committed between them are not bad luck.
 FAILURES_IN_A_ROW_MAX = 6
 FAILURES_KEPT = 32
+# A parameter server that refused to merge, and of which nothing new was heard for so long, is replaced.
+REFUSAL_STANDS_S = 5.0
 
 
 class Coordinator:
@@ -52,6 +55,8 @@ class Coordinator:
         pool: Pool,
         committer: Committer,
         pace: Pacing,
+        standing: Standing,
+        failures_max: int = FAILURES_IN_A_ROW_MAX,
         patience_s: float,
     ) -> None:
         self.network = network
@@ -62,13 +67,15 @@ class Coordinator:
         self.pace = pace
         self.progress = JobProgress(runtime.now())
         self.failures: deque[str] = deque(maxlen=FAILURES_KEPT)
+        self.standing = standing
         self.waiting = ""
+        self.scribe = Scribe(runtime, store, standing, noted=self._noted)
         self.outbox = Outbox(network, backoff=self.backoff, patience_s=patience_s)
         self._committer = committer
         self._patience_s = patience_s
+        self._failures_max = failures_max
+        self._employed: set[Member] = set()
         self._failed_in_a_row = 0
-        self._to_journal: list[Exclude] = []
-        self._ended: list[Member] = []
         self._sent: tuple[int, bool] | None = None
         self._span: Span = start_span("outer_round", root=True, round=book.round)
         self._wake = trio.Event()
@@ -83,9 +90,9 @@ class Coordinator:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self.outbox.run)
+            nursery.start_soon(self.scribe.run)
             task_status.started()
             await self._drive()
-            await self._journal()
             self._span.end()
             self._publish()
             self.over.set()
@@ -101,6 +108,7 @@ class Coordinator:
         """Something happened: send what follows from it, and decide again."""
         self._publish()
         self._wake.set()
+        self._wake = trio.Event()
 
     async def changed(self) -> None:
         """Wait for the next change."""
@@ -108,8 +116,20 @@ class Coordinator:
 
     def hired(self, worker: LeasedWorker) -> None:
         """A worker has its job. Trainers follow at once; servers count when they say what they hold."""
+        self._employed.add(worker.member)
         if worker.work == "train":
             self.book.lease_added(worker.member)
+        self.wake()
+
+    def adopted(self, worker: LeasedWorker) -> None:
+        """A worker of the incarnation before still holds its lease and its job, and hears of the new job epoch."""
+        self._employed.add(worker.member)
+        if worker.work == "train":
+            self.book.lease_adopted(worker.member)
+        view = self.view()
+        if view is not None:
+            self.outbox.put(worker.member.peer_id, "view", view)
+        self.announce_committed()
         self.wake()
 
     def died(self, worker: LeasedWorker, reason: str) -> None:
@@ -121,16 +141,28 @@ class Coordinator:
             work=worker.work,
             reason=reason,
         )
-        self._to_journal += self.book.lease_died(worker.member)
-        self._ended.append(worker.member)
-        self.pace.forget(worker.member)
-        if not any(other.member.peer_id == worker.member.peer_id for other in self.pool.live()):
-            self.outbox.drop(worker.member.peer_id)
+        self.ended(worker.member)
+
+    def ended(self, member: Member) -> None:
+        """A lease counts no more, however it ended: what it held returns, and it is not tried after a restart."""
+        self.scribe.exclude(self.book.lease_died(member))
+        self.scribe.ended(member)
+        self._employed.discard(member)
+        self.pace.forget(member)
+        if not any(other.member.peer_id == member.peer_id for other in self.pool.live()):
+            self.outbox.drop(member.peer_id)
         self.wake()
 
+    def replace(self, worker: LeasedWorker, reason: str) -> None:
+        """Give a living lease back and go on without it; whoever staffs the job finds another."""
+        self.pool.drop(worker, reason)
+        self.died(worker, reason)
+
     def failed(self, worker: LeasedWorker, reason: str, last_lines: tuple[str, ...]) -> None:
-        """A worker's executor failed while its lease lives."""
-        self.failures.append(f"{worker.work} at {worker.member.peer_id}: {reason}")
+        """A worker's executor failed while its lease lives: it is replaced, and many in a row fail the job."""
+        self.failures.append(
+            f"{worker.work} at {worker.member.peer_id}: {reason}" + "".join(f"\n    {line}" for line in last_lines)
+        )
         log.error(
             "Executor failed",
             worker=worker.member.peer_id,
@@ -139,11 +171,16 @@ class Coordinator:
             last_lines="\n".join(last_lines),
         )
         self._failed_in_a_row += 1
-        self.wake()
+        self.replace(worker, f"its executor failed: {reason}")
 
     def exclude(self, found: tuple[Exclude, ...]) -> None:
         """Take exclusions that a rule found: they are journaled, then their samples return."""
-        self._to_journal += found
+        self.scribe.exclude(found)
+
+    def _noted(self, exclude: Exclude) -> None:
+        returned = self.book.excluded(exclude)
+        metrics.SLICES_RETURNED.add(len(returned))
+        self.wake()
 
     def server_ready(self, server: Member, message: Ready) -> None:
         """A parameter server holds state: what has no stored copy yet is stored, so that a resume can start there."""
@@ -152,40 +189,36 @@ class Coordinator:
             self._nursery.start_soon(self._keep_initial, server, message.digest, message.momentum_digest)
 
     async def _keep_initial(self, server: Member, model_digest: str, momentum_digest: str) -> None:
-        for part, digest in (("model", model_digest), ("momentum", momentum_digest)):
+        # The model last: it is what a resume looks for, and must not lie there alone.
+        for part, digest in (("momentum", momentum_digest), ("model", model_digest)):
             await self._committer.keep(Wanted(part=part, round=0, digest=digest), (server,))
 
     # --- driving --------------------------------------------------------------------------------------------------
 
     async def _drive(self) -> None:
         while not self.book.final:
-            if self._failed_in_a_row >= FAILURES_IN_A_ROW_MAX:
+            if self._failed_in_a_row >= self._failures_max:
                 raise JobFailed(f"{self._failed_in_a_row} executors failed in a row; the last: {self.failures[-1]}")
-            self._wake = trio.Event()
-            await self._journal()
+            changed = self._wake
             decision = self.book.decide(self.runtime.now())
             if isinstance(decision, Close):
+                self.waiting = f"round {decision.round}: close {decision.close} is being merged"
                 self._begin_close(decision)
             else:
-                self.waiting = decision.reason
-                for member in decision.replace:
-                    log.debug("Nothing more to come in this round", lease_id=member.lease_id)
-            with trio.move_on_after(max(0.01, self.book.deadline - self.runtime.now())):
-                await self._wake.wait()
-            if self.runtime.now() >= self.book.deadline:
-                log.debug("Round past its deadline", round=self.book.round, waiting=self.waiting)
+                self._wait(decision)
+            overdue_in_s = self.book.deadline - self.runtime.now()
+            # By whichever clock: waking early only means deciding once more. Past the deadline only events count.
+            with trio.move_on_after(max(TICK_S, overdue_in_s) if overdue_in_s > 0 else float("inf")):
+                await changed.wait()
 
-    async def _journal(self) -> None:
-        """Write what has to be durable before it takes effect. A store that fails is tried again at the next event."""
-        found, self._to_journal = self._to_journal, []
-        ended, self._ended = self._ended, []
-        if not found and not ended:
-            return
-        records = [*(LeaseEnded(member=member) for member in ended), *(Excluded(exclude=e) for e in found)]
-        await self.runtime.run_blocking(self.store.note, *records)
-        for exclude in found:
-            returned = self.book.excluded(exclude)
-            metrics.SLICES_RETURNED.add(len(returned))
+    def _wait(self, waiting: Waiting) -> None:
+        self.waiting = waiting.reason
+        if self.runtime.now() >= self.book.deadline:
+            self.standing.note("round", waiting.reason)
+        for member in waiting.replace:
+            worker = self.pool.by_lease(member.lease_id)
+            if worker is not None:
+                self.replace(worker, "it can add nothing to the open round, which waits for more")
 
     def _publish(self) -> None:
         """Send the newest view to everybody leased, if it is newer than what was sent."""
@@ -194,11 +227,16 @@ class Coordinator:
             return
         if self._sent is None or view.round != self.progress.round_open:
             self.progress.opened(view.round, self.runtime.now())
+            self.standing.clear("round")
             if view.round <= self.book.terms.updates:
                 log.info("Round opened", round=view.round, view=view.view, members=len(view.members))
         self._sent = (view.view, view.final)
-        for peer_id in sorted({lease.peer_id for lease in (*view.members, *view.followers, *view.servers)}):
+        # Also to a server that is no part of it yet: under a new job epoch it says what it holds when it hears of it.
+        for peer_id in self._peers():
             self.outbox.put(peer_id, "view", view)
+
+    def _peers(self) -> list[str]:
+        return sorted({member.peer_id for member in self._employed})
 
     def view(self) -> RoundView | None:
         """Return the newest view, carrying the trace of its round."""
@@ -226,11 +264,10 @@ class Coordinator:
                 if refusal.code in ("retry", "busy"):
                     await backoff.wait()
                     continue
-                log.warn("Close refused", round=request.round, close=request.close, reason=str(refusal))
-                self.book.close_refused(request.close, str(refusal))
-                self.wake()
+                await self._close_refused(server, request, str(refusal))
                 return
             if isinstance(answer, Merging):
+                await backoff.wait()
                 continue
             outcome = self.book.merged(server, answer, self.runtime.now())
             if isinstance(outcome, Outcome):
@@ -239,6 +276,18 @@ class Coordinator:
                 log.warn("Merge not taken", round=request.round, reason=outcome)
             self.wake()
             return
+
+    async def _close_refused(self, server: Member, request: CloseRound, reason: str) -> None:
+        """Another set of contributions or another view may be merged; a server that stays with its no is replaced."""
+        if self.book.pending is None or self.book.pending.close != request.close:
+            return
+        log.warn("Close refused", round=request.round, close=request.close, reason=reason)
+        self.book.close_refused(request.close, reason)
+        self.wake()
+        await self.runtime.sleep(REFUSAL_STANDS_S)
+        view, worker = self.view(), self.pool.by_lease(server.lease_id)
+        if self.book.pending is None and view is not None and view.view == request.view and worker is not None:
+            self.failed(worker, f"close {request.close} of round {request.round} was refused: {reason}", ())
 
     def _closed(self, outcome: Outcome) -> None:
         assert self._nursery is not None
@@ -255,23 +304,30 @@ class Coordinator:
         else:
             traced.fail("lost before it was durable")
             log.warn("Outer step lost", round=outcome.round)
-            self._to_journal += self.book.lost(outcome.round, self.runtime.now())
+            self.scribe.exclude(self.book.lost(outcome.round, self.runtime.now()))
         traced.end()
         self.wake()
 
     def _committed(self, outcome: Outcome) -> None:
-        merged = outcome.merged[0]
         self.book.committed(outcome.round)
         self._failed_in_a_row = 0
         self.progress.committed(outcome, self.runtime.now())
         metrics.SYNC_EVENTS.add(1)
         log.info("Round committed", **self.progress.last(), samples_total=self.book.samples)
+        self.scribe.committed()
+        self.announce_committed()
+
+    def announce_committed(self) -> None:
+        """Tell everybody leased what can no longer be lost."""
+        digest = self.book.committed_digest
+        if not self.book.committed_round or digest is None:
+            return
         message = Committed(
             job_id=self.book.terms.job_id,
             job_epoch=self.book.job_epoch,
-            round=outcome.round,
-            digest=merged.model_digest,
+            round=self.book.committed_round,
+            digest=digest,
             traceparent=self._span.traceparent,
         )
-        for peer_id in sorted({worker.member.peer_id for worker in self.pool.live()}):
+        for peer_id in self._peers():
             self.outbox.put(peer_id, "committed", message)

@@ -1,11 +1,12 @@
 """Keeps the job staffed: asks for whoever is missing, hands out the job, asks again when a lease dies.
 
+journaled by the last run ─▶ tried once under this job epoch ─▶ adopted: works on | released
 missing? ─▶ one auction for trainers and parameter servers together ─▶ journal ─▶ DispatchJob ─▶ hired
    ▲ died, failed                                                         └─ refused, gone ─▶ released
    └── too few: the reason in numbers, backoff, again ── before the start only until `find_s`
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 from msgspec.structs import replace
@@ -19,9 +20,10 @@ from hypha.runtime import Runtime
 from hypha.scheduler.allocator import Allocator, Wanted
 from hypha.scheduler.config import JobResources, SchedulerTable
 from hypha.scheduler.coordinator import Coordinator
-from hypha.scheduler.pool import LeasedWorker, Pool
+from hypha.scheduler.pool import LeasedWorker, NotHeld, Pool
 from hypha.scheduler.records import LeaseHeld
-from hypha.telemetry import ChangeLogger, get_logger, span
+from hypha.scheduler.standing import Standing
+from hypha.telemetry import get_logger, span
 
 log = get_logger("scheduler")
 
@@ -42,6 +44,7 @@ class Crew:
         pool: Pool,
         coordinator: Coordinator,
         table: SchedulerTable,
+        standing: Standing,
         spec: Callable[[str], JobSpec],
     ) -> None:
         self._network = network
@@ -51,8 +54,8 @@ class Crew:
         self._job = coordinator
         self._table = table
         self._spec = spec
-        self._said = ChangeLogger(log)
-        self._staffed_once = False
+        self._standing = standing
+        self._started = coordinator.book.committed_round > 0
 
     @property
     def _resources(self) -> JobResources:
@@ -65,17 +68,39 @@ class Crew:
         while True:
             asks = self._missing()
             if not asks:
+                self._started = True
+                self._standing.clear("workers")
                 backoff.reset()
                 await self._job.changed()
                 continue
             reason = await self._hire(asks)
             if not self._missing():
-                self._staffed_once = True
                 continue
-            if not self._staffed_once and self._runtime.now() >= deadline:
+            reason = f"{reason or 'one was lost at once'} ({self._workers_connected()} workers connected)"
+            self._started = self._started or self._can_start()
+            if not self._started and self._runtime.now() >= deadline:
                 raise JobFailed(f"the job found too few workers in {self._resources.find_s:g} s: {reason}")
-            self._said.log_when_changed("missing", f"Workers are missing: {reason}")
-            await backoff.wait()
+            self._standing.note("workers", f"Workers are missing: {reason}")
+            await self._rest(backoff)
+
+    def _can_start(self) -> bool:
+        live = self._pool.live()
+        trainers = sum(worker.work == "train" for worker in live)
+        return trainers >= self._resources.fewest and len(live) - trainers >= PARAMETER_SERVERS
+
+    def _workers_connected(self) -> int:
+        return sum("worker" in peer.roles for peer in self._network.connected_peers())
+
+    async def _rest(self, backoff: Backoff) -> None:
+        """Wait before asking again, but not when one more is gone."""
+        before = self._missed()
+        with trio.move_on_after(backoff.next_s()):
+            while self._missed() <= before:
+                await self._job.changed()
+            backoff.reset()
+
+    def _missed(self) -> int:
+        return sum(wanted.count for wanted in self._missing())
 
     def _backoff(self) -> Backoff:
         return Backoff(self._runtime, base_s=self._table.retry_s, max_s=max(self._table.retry_s, RETRY_MAX_S))
@@ -85,7 +110,6 @@ class Crew:
         resources, live = self._resources, self._pool.live()
         servers = PARAMETER_SERVERS - sum(worker.work == "aggregate" for worker in live)
         trainers = resources.workers - sum(worker.work == "train" for worker in live)
-        started = self._job.book.committed_round > 0 or self._staffed_once
         asks = []
         if trainers > 0:
             asks.append(
@@ -94,7 +118,7 @@ class Crew:
                     executor=resources.executor,
                     resources=resources.worker,
                     count=trainers,
-                    minimum=0 if started else max(0, resources.fewest - (resources.workers - trainers)),
+                    minimum=0 if self._started else max(0, resources.fewest - (resources.workers - trainers)),
                     bid=resources.worker_price.bid,
                     limit=resources.worker_price.limit,
                 )
@@ -116,31 +140,94 @@ class Crew:
     async def _hire(self, asks: list[Wanted]) -> str:
         """Hold one auction and hand out the job; returns why somebody is still missing, "" where nobody is."""
         allocation = await self._allocator.allocate(asks)
+        reasons = [allocation.shortfall] if allocation.shortfall is not None else []
+
+        async def employ(worker: LeasedWorker) -> None:
+            refusal = await self._employ(worker)
+            if refusal is not None:
+                reasons.append(f"{worker.work} worker {worker.member.peer_id}: {refusal}")
+
         async with trio.open_nursery() as nursery:
             for worker in allocation.workers:
-                nursery.start_soon(self._employ, worker)
-        return allocation.shortfall or ""
+                nursery.start_soon(employ, worker)
+        return "; ".join(reasons)
 
-    async def _employ(self, worker: LeasedWorker) -> None:
+    async def _employ(self, worker: LeasedWorker) -> str | None:
+        """Journal the lease, then hand out the job; returns why the worker was given back, or None."""
         member = worker.member
-        held = LeaseHeld(member=member, work=worker.work, executor=worker.executor, price=worker.price)
+        held = LeaseHeld(
+            member=member,
+            work=worker.work,
+            executor=worker.executor,
+            price=worker.price,
+            addresses=worker.addresses,
+            resources=worker.held.resources,
+            ttl_s=worker.held.ttl_s,
+        )
         try:
-            await self._runtime.run_blocking(self._job.store.note, held)
+            await self._job.scribe.note(held)
         except StoreError as error:
-            log.warn("Lease not journaled, given back", lease_id=member.lease_id, reason=str(error))
             await self._pool.release(worker, "it could not be journaled")
-            return
+            return f"its lease could not be journaled: {error}"
         log.info("Worker leased", worker=member.peer_id, work=worker.work, lease_id=member.lease_id, price=worker.price)
         refusal = await self._dispatch(worker)
         if refusal is None:
             self._job.hired(worker)
-            return
+            return None
         log.warn("Job not taken", worker=member.peer_id, work=worker.work, reason=refusal)
         await self._pool.release(worker, "the job was not taken")
+        self._job.ended(member)
+        return refusal
+
+    # --- the last run's workers -----------------------------------------------------------------------------------
+
+    async def adopt(self, leases: Sequence[LeaseHeld]) -> None:
+        """Try every lease that the journal has, once and all at once; what answers goes on with the job."""
+        async with trio.open_nursery() as nursery:
+            for held in leases:
+                nursery.start_soon(self._adopt, held)
+
+    async def _adopt(self, held: LeaseHeld) -> None:
+        member = held.member
+        reason = await self._try(held)
+        if reason is not None:
+            log.info("Worker not adopted", worker=member.peer_id, lease_id=member.lease_id, reason=reason)
+            self._job.ended(member)
+
+    async def _try(self, held: LeaseHeld) -> str | None:
+        try:
+            outcome = await self._pool.adopt(
+                held.member,
+                work=held.work,
+                executor=held.executor,
+                price=held.price,
+                addresses=held.addresses,
+                resources=held.resources,
+                ttl_s=held.ttl_s,
+            )
+        except RemoteProtocolError as error:
+            return str(error)
+        if isinstance(outcome, NotHeld):
+            return outcome.reason
+        # Nobody can tell what it works on if no model was stored yet: begin again.
+        refusal = await self._dispatch(outcome) if self._job.book.base_digest else "no model was stored yet"
+        if refusal is not None:
+            await self._pool.release(outcome, refusal)
+            return refusal
+        log.info("Worker adopted", worker=held.member.peer_id, work=held.work, lease_id=held.member.lease_id)
+        self._job.adopted(outcome)
+        return None
 
     async def _dispatch(self, worker: LeasedWorker) -> str | None:
         """Hand the job over; returns why not, or None."""
-        spec = await self._runtime.run_blocking(self._spec, worker.work)
+        if worker.work == "aggregate":
+            # Its first state is the last commit's, and that must not be overtaken while it restores it.
+            while self._job.book.uncommitted is not None and not self._job.book.servers:
+                await self._job.changed()
+        try:
+            spec = await self._runtime.run_blocking(self._spec, worker.work)
+        except StoreError as error:
+            return f"nothing to start from: {error}"
         with span("dispatch", worker=worker.member.peer_id, work=worker.work):
             try:
                 answer = await insist(

@@ -175,7 +175,7 @@ class Pool:
         self._workers[held.lease_id] = worker
         metrics.ACTIVE_WORKERS.add(1)
         self._nursery.start_soon(self._keep, worker)
-        log.info(
+        log.debug(
             "Lease accepted", lease_id=held.lease_id, worker_peer_id=held.worker, work=worker.work, price=worker.price
         )
         return worker

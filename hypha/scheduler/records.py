@@ -7,9 +7,12 @@ LeaseHeld    a worker under contract, before its job is dispatched
 LeaseEnded   no longer
 """
 
+from typing import Literal
+
 from msgspec import Struct
 
 from hypha.protocol.messages import Member
+from hypha.protocol.resources import Resources
 from hypha.protocol.slices import Grant
 from hypha.protocol.tally import Exclude
 
@@ -19,6 +22,7 @@ class JobOpened(Struct, frozen=True, kw_only=True, tag=True):
 
     job_id: str
     manifest_digest: str
+    model: str  # canonical JSON of its specification
 
 
 class Granted(Struct, frozen=True, kw_only=True, tag=True):
@@ -37,9 +41,12 @@ class LeaseHeld(Struct, frozen=True, kw_only=True, tag=True):
     """A lease that was accepted; a restarted scheduler may try it once under its new epoch."""
 
     member: Member
-    work: str
+    work: Literal["train", "aggregate"]
     executor: str
     price: float
+    addresses: bytes
+    resources: Resources
+    ttl_s: float  # as last granted
 
 
 class LeaseEnded(Struct, frozen=True, kw_only=True, tag=True):

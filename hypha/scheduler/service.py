@@ -14,11 +14,13 @@ from msgspec import Struct
 
 from hypha.errors import ConfigError, HyphaError, JobFailed, PeerUnreachable, RemoteProtocolError, StoreError
 from hypha.network.fetch import Providers, fetch_manifest
+from hypha.network.health import serve_health
 from hypha.network.host import open_network
 from hypha.network.retry import Backoff
 from hypha.network.seam import Network
 from hypha.pki import load_identity
 from hypha.protocol.job import DatasetRef, JobSpec
+from hypha.protocol.manifest import ChainState
 from hypha.protocol.messages import CancelJob, SliceRef
 from hypha.protocol.rounds import RoundBook, Terms
 from hypha.runtime import RealRuntime, Runtime
@@ -26,14 +28,15 @@ from hypha.scheduler.allocator import Allocator
 from hypha.scheduler.answers import Answers
 from hypha.scheduler.committer import Committer
 from hypha.scheduler.config import Config, JobConfig
-from hypha.scheduler.coordinator import Coordinator
+from hypha.scheduler.coordinator import FAILURES_IN_A_ROW_MAX, Coordinator
 from hypha.scheduler.crew import Crew
 from hypha.scheduler.pace import Pacing
 from hypha.scheduler.pool import LeasedWorker, Pool
-from hypha.scheduler.store import JobStore, open_store
+from hypha.scheduler.standing import Standing
+from hypha.scheduler.store import JobStore, Remembered, open_store
 from hypha.store.disk import Disk, RealDisk
 from hypha.store.objects import ObjectStore, open_objects
-from hypha.telemetry import ChangeLogger, get_logger, metrics
+from hypha.telemetry import get_logger, metrics
 
 log = get_logger("scheduler")
 
@@ -69,26 +72,32 @@ class Scheduler:
         self._table = config.scheduler
         self._place = place
         self._started = runtime.now()
+        self._standing = Standing()
+        self._answers = Answers(network, place.directory)
+        serve_health(network, runtime, "scheduler", self._detail)
 
     @property
     def _job(self) -> JobConfig:
         return self._table.job
+
+    def _detail(self) -> dict[str, str]:
+        return {"job": self._job.name, **self._answers.detail(), "waiting": self._standing.words()}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the job to its end. Raises JobFailed with the reason when there is none."""
         task_status.started()
         dataset = await self._find_dataset()
         with ExitStack() as held:
-            store = held.enter_context(
-                open_store(
-                    self._place.disk,
-                    self._place.objects,
-                    name=self._job.name,
-                    job_id=f"{self._job.name}-{self._runtime.new_id()[:8]}",
-                    manifest_digest=dataset.ref.manifest_digest,
-                    slices=dataset.slices,
-                )
+            opening = open_store(
+                self._place.disk,
+                self._place.objects,
+                name=self._job.name,
+                job_id=f"{self._job.name}-{self._runtime.new_id()[:8]}",
+                manifest_digest=dataset.ref.manifest_digest,
+                slices=dataset.slices,
+                model=self._job.model,
             )
+            store = await self._runtime.run_blocking(held.enter_context, opening)
             await self._run_job(store, dataset)
 
     async def _find_dataset(self) -> Dataset:
@@ -96,18 +105,18 @@ class Scheduler:
         wanted = self._job.dataset_config
         providers = Providers(self._network, self._runtime, wanted.name)
         backoff = Backoff(self._runtime, base_s=FIND_BACKOFF_S, max_s=FIND_BACKOFF_MAX_S)
-        said = ChangeLogger(log)
         while True:
             try:
                 manifest, digest = await fetch_manifest(
                     self._network, self._runtime, providers, manifest_digest=wanted.digest
                 )
             except (PeerUnreachable, RemoteProtocolError) as error:
-                said.log_when_changed("dataset", f"Dataset {wanted.name!r} not found yet: {error}")
+                self._standing.note("dataset", f"Dataset {wanted.name!r} not found yet: {error}")
                 if self._runtime.now() - self._started > self._job.resources.find_s:
                     raise JobFailed(f"nobody provides dataset {wanted.name!r}: {error}") from error
                 await backoff.wait()
                 continue
+            self._standing.clear("dataset")
             slices = manifest.train
             samples = sum(ref.samples for ref in slices)
             log.info("Dataset found", dataset=wanted.name, digest=digest, slices=len(slices), samples=samples)
@@ -118,6 +127,7 @@ class Scheduler:
     async def _run_job(self, store: JobStore, dataset: Dataset) -> None:
         runtime, network = self._runtime, self._network
         remembered = await runtime.run_blocking(store.load)
+        chain = await runtime.run_blocking(_start, store)
         epoch = await runtime.run_blocking(self._begin_epoch, store)
         job_id = store.opened.job_id
         log.info(
@@ -125,7 +135,10 @@ class Scheduler:
             job_id=job_id,
             job_epoch=epoch,
             rounds=self._job.rounds.updates,
-            round=store.state.round + 1,
+            round=chain.round + 1,
+            samples_total=chain.samples,
+            model_digest=chain.model_digest,
+            leases_to_try=len(remembered.leases),
             workers=self._job.resources.workers,
             min_workers=self._job.resources.fewest,
         )
@@ -139,16 +152,17 @@ class Scheduler:
         book = RoundBook(
             self._terms(job_id),
             job_epoch=epoch,
-            chain=store.state,
-            table=store.table(remembered),
+            chain=chain,
+            table=await runtime.run_blocking(store.table, remembered),
             now=runtime.now(),
             excluded=remembered.excluded,
+            awaited=(held.member for held in remembered.leases),
         )
         coordinator = self._coordinator(book, store, pool, epoch)
         coordinator.exclude(book.orphans())
         crew = self._crew(coordinator, store, pool, dataset, epoch)
         try:
-            await self._lead(coordinator, crew, pool, store)
+            await self._lead(coordinator, crew, pool, remembered)
         except BaseException:
             metrics.JOB_COMPLETION_TIME.record(runtime.now() - self._started, status="failure")
             raise
@@ -174,6 +188,7 @@ class Scheduler:
             downloads=self._place.directory,
             patience_s=self._table.patience_s,
             alive=pool.is_live,
+            standing=self._standing,
         )
         pace = Pacing(target_samples=rounds.samples_between_updates, batch_size=rounds.max_batch_size)
         return Coordinator(
@@ -184,6 +199,8 @@ class Scheduler:
             pool=pool,
             committer=committer,
             pace=pace,
+            standing=self._standing,
+            failures_max=max(FAILURES_IN_A_ROW_MAX, 2 * self._job.resources.workers),
             patience_s=self._table.patience_s,
         )
 
@@ -209,6 +226,7 @@ class Scheduler:
             pool=pool,
             coordinator=coordinator,
             table=self._table,
+            standing=self._standing,
             spec=spec,
         )
 
@@ -227,16 +245,17 @@ class Scheduler:
             resume=store.resume_point() if work == "aggregate" else None,
         )
 
-    async def _lead(self, coordinator: Coordinator, crew: Crew, pool: Pool, store: JobStore) -> None:
+    async def _lead(self, coordinator: Coordinator, crew: Crew, pool: Pool, remembered: Remembered) -> None:
         """Run everything side by side until the last round is committed, then say goodbye."""
         try:
             async with trio.open_nursery() as keeping:
                 await keeping.start(pool.run)
-                Answers(coordinator).register()
+                self._answers.begin(coordinator)
                 try:
                     async with trio.open_nursery() as working:
-                        recruiting = await working.start(_cancellable, crew.run)
                         await working.start(coordinator.run)
+                        await crew.adopt(remembered.leases)
+                        recruiting = await working.start(_cancellable, crew.run)
                         await coordinator.over.wait()
                         recruiting.cancel()
                         await self._farewell(coordinator, pool)
@@ -272,9 +291,10 @@ class Scheduler:
     async def _report_end(self, coordinator: Coordinator, store: JobStore, dataset: Dataset) -> None:
         state = store.state
         assert state.model_digest is not None, "a job has at least one round"
-        model = await self._runtime.run_blocking(store.find, "model", state.round, state.model_digest)
+        scratch = self._place.directory
+        model = await self._runtime.run_blocking(store.find, "model", state.round, state.model_digest, scratch)
         spec = self._spec(store.opened.job_id, "train", dataset.ref, store)
-        job_file = self._place.directory / "job.json"
+        job_file = scratch / "job.json"
         await self._runtime.run_blocking(job_file.write_bytes, msgspec.json.encode(spec))
         log.info(
             "Job finished",
@@ -287,6 +307,14 @@ class Scheduler:
             job_file=str(job_file),
             held_out=coordinator.progress.held_out.get(state.round),
         )
+
+
+def _start(store: JobStore) -> ChainState:
+    """Return where the chain ends; before its first round, with the initial model that was stored, if one was."""
+    state, resume = store.state, store.resume_point()
+    if state.round or resume is None:
+        return state
+    return msgspec.structs.replace(state, model_digest=resume.model_digest, momentum_digest=resume.momentum_digest)
 
 
 async def _cancellable(work: Callable[[], Awaitable[None]], *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:

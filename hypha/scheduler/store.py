@@ -4,6 +4,9 @@
 {checkpoint_url or state_dir}/{job}/chain/…    the commit points
                               …/record/…       merged pseudo-gradients, one per round
                               …/model, momentum/…   checkpoints
+
+Calls that touch the journal come one at a time (`scribe`), and so do those that touch the chain (`committer`); the two
+may overlap, and artifacts may be read beside both.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from hypha.errors import ConfigError, RemoteProtocolError, StoreError
 from hypha.protocol import manifest
-from hypha.protocol.job import ResumePoint
+from hypha.protocol.job import ModelSpec, ResumePoint
 from hypha.protocol.manifest import AnyEntry, ChainState, Found
 from hypha.protocol.messages import Contribution, Member, Merged, SliceRef
 from hypha.protocol.slices import Grant, SliceTable
@@ -24,9 +28,12 @@ from hypha.scheduler.config import CheckpointConfig
 from hypha.scheduler.records import Excluded, Granted, JobOpened, LeaseEnded, LeaseHeld, Record
 from hypha.store.blobs import Artifact, Blobs, Retention
 from hypha.store.chain import Chain, StoreConflict
-from hypha.store.disk import Disk
+from hypha.store.disk import Disk, NotFound
 from hypha.store.journal import Journal, open_journal
 from hypha.store.objects import ObjectStore
+from hypha.telemetry import get_logger
+
+log = get_logger("scheduler.store")
 
 # A journal this large is rewritten with what still matters; a grant takes about 200 bytes.
 JOURNAL_REWRITE_BYTES = 4 << 20
@@ -56,23 +63,26 @@ class JobStore:
         self._journal = journal
         self._links = Chain(objects)
         self._chain = manifest.Chain(opened.job_id, slices)
+        self._merged: dict[int, Merged] = {}
         self._leases: dict[Member, LeaseHeld] = {}
         self._live: list[Record] = []
-
-    @property
-    def state(self) -> ChainState:
-        """Where the job is by its chain."""
-        return self._chain.state
+        self.state: ChainState = self._chain.state  # replaced whole, so that any thread may look
 
     def load(self) -> Remembered:
         """Replay chain and journal. Raises StoreError for a chain that is damaged or another job's."""
         self._chain = manifest.Chain(self.opened.job_id, self.slices)
         for link in self._links.load():
             try:
-                self._chain.append(link.digest, manifest.from_bytes(link.payload))
+                self._take(link.digest, manifest.from_bytes(link.payload))
             except RemoteProtocolError as error:
                 raise StoreError(f"chain: {error}") from error
         return self._remember(self._journal.records)
+
+    def _take(self, digest: str, entry: AnyEntry) -> None:
+        self._chain.append(digest, entry)
+        if isinstance(entry, manifest.RoundCommitted):
+            self._merged[entry.merged.round] = entry.merged
+        self.state = self._chain.state
 
     def _remember(self, records: Sequence[Record]) -> Remembered:
         grants: list[Grant] = []
@@ -113,8 +123,8 @@ class JobStore:
                 case _:
                     self._live.append(record)
 
-    def _compact(self) -> None:
-        """Forget grants and exclusions of committed rounds once the journal has grown."""
+    def compact(self) -> None:
+        """Forget grants and exclusions of committed rounds once the journal has grown. Raises StoreError."""
         if self._journal.size_bytes < JOURNAL_REWRITE_BYTES:
             return
         committed = self.state.round
@@ -132,7 +142,6 @@ class JobStore:
     def commit(self, entry: manifest.RoundCommitted) -> None:
         """Make a round durable; calling again with the same entry after a StoreError finds out what became of it."""
         self._append(entry)
-        self._compact()
 
     def round_entry(
         self, merged: Merged, contributions: Sequence[Contribution], *, job_epoch: int, nonce: str
@@ -151,36 +160,72 @@ class JobStore:
                     f"{conflict}: job epoch {found.job_epoch} is at work; this one is {entry.job_epoch}"
                 ) from conflict
             link = conflict.link
-        self._chain.append(link.digest, entry)
+        self._take(link.digest, entry)
 
     # --- artifacts ------------------------------------------------------------------------------------------------
 
     def resume_point(self) -> ResumePoint | None:
-        """Return the newest stored state and the records from there to the last commit; None before any was stored."""
-        models = {a.round: a for a in self.blobs.artifacts("model")}
-        momenta = {a.round: a for a in self.blobs.artifacts("momentum")}
-        state = self.state
-        usable = [r for r in models if r in momenta and r <= state.round]
-        if not usable:
-            if state.round:
-                raise StoreError(f"no checkpoint lies at or before the committed round {state.round}")
-            return None
-        newest = max(usable)
-        return ResumePoint(
-            round=newest,
-            model_digest=models[newest].digest,
-            momentum_digest=momenta[newest].digest,
-            records=state.records[newest:],
-        )
+        """Return the newest sound checkpoint and the records from there to the last commit; None before there is one.
+
+        Each file is read whole and checked: a damaged checkpoint is said, and the one before it used. Raises StoreError
+        where none leads to the last committed round.
+        """
+        state, faults = self.state, []
+        for model, momentum in self._checkpoints(state.round):
+            records = state.records[model.round :]
+            try:
+                self._verify(model, momentum, records)
+            except StoreError as error:
+                faults.append(f"round {model.round}: {error}")
+                log.warn("Checkpoint unusable, an older one is tried", round=model.round, reason=str(error))
+                continue
+            return ResumePoint(
+                round=model.round, model_digest=model.digest, momentum_digest=momentum.digest, records=records
+            )
+        if state.round:
+            why = "; ".join(faults) or "there is none"
+            raise StoreError(f"no checkpoint leads to the committed round {state.round}: {why}")
+        return None
+
+    def _checkpoints(self, committed: int) -> list[tuple[Artifact, Artifact]]:
+        """Model and momentum of committed rounds, newest first. Rounds that were lost may have left others."""
+        momenta = {(a.round, a.digest): a for a in self.blobs.artifacts("momentum")}
+        found = []
+        for model in self.blobs.artifacts("model"):
+            merged = self._merged.get(model.round)
+            if model.round == 0:
+                momentum = next((a for (round_made, _), a in sorted(momenta.items()) if round_made == 0), None)
+            elif merged is None or merged.model_digest != model.digest or model.round > committed:
+                continue
+            else:
+                momentum = momenta.get((model.round, merged.momentum_digest))
+            if momentum is not None:
+                found.append((model, momentum))
+        return sorted(found, reverse=True)
+
+    def _verify(self, model: Artifact, momentum: Artifact, records: Sequence[str]) -> None:
+        self.blobs.verify(model)
+        self.blobs.verify(momentum)
+        for number, digest in enumerate(records, start=model.round + 1):
+            self.blobs.verify(Artifact(kind="record", round=number, digest=digest))
 
     def put(self, kind: str, round_made: int, digest: str, source: Path) -> None:
         """Store a copy of a file under its digest."""
         self.blobs.put_file(Artifact(kind=kind, round=round_made, digest=digest), source)
 
-    def find(self, kind: str, round_made: int, digest: str) -> Path | None:
-        """Return the local file of an artifact; None where it is not stored, or not on this machine's disk."""
-        path = self.blobs.local_path(Artifact(kind=kind, round=round_made, digest=digest))
-        return path if path is not None and path.is_file() else None
+    def find(self, kind: str, round_made: int, digest: str, scratch: Path) -> Path | None:
+        """Return a local file of an artifact, a copy in `scratch` where the store is elsewhere; None: not stored."""
+        artifact = Artifact(kind=kind, round=round_made, digest=digest)
+        path = self.blobs.local_path(artifact)
+        if path is not None:
+            return path if path.is_file() else None
+        copy = scratch / f"{kind}-{digest}.stored"
+        if not copy.is_file():
+            try:
+                self.blobs.copy_to(artifact, copy)
+            except NotFound:
+                return None
+        return copy
 
     def prune(self, checkpoint: CheckpointConfig) -> int:
         """Remove what no resume needs; returns how many artifacts went."""
@@ -199,20 +244,59 @@ def _round_of(record: Record) -> int:
 
 @contextmanager
 def open_store(
-    disk: Disk, objects: ObjectStore, *, name: str, job_id: str, manifest_digest: str, slices: Sequence[SliceRef]
+    disk: Disk,
+    objects: ObjectStore,
+    *,
+    name: str,
+    job_id: str,
+    manifest_digest: str,
+    slices: Sequence[SliceRef],
+    model: ModelSpec,
 ) -> Iterator[JobStore]:
     """Open or begin the store of the job called `name`, alone. `job_id` is used when there is none yet.
 
-    Raises StoreError (locked, damaged) or ConfigError (it belongs to a job on another dataset).
+    Raises StoreError (damaged) or ConfigError (in use, or it belongs to another job, dataset or model).
     """
+    mine = JobOpened(job_id=job_id, manifest_digest=manifest_digest, model=_canonical(model))
     with open_journal(disk, "journal", label=name, record_type=Record) as journal:
         opened = next((record for record in journal.records if isinstance(record, JobOpened)), None)
         if opened is None:
-            opened = JobOpened(job_id=job_id, manifest_digest=manifest_digest)
+            opened = msgspec.structs.replace(mine, job_id=_begun(objects) or job_id)
             journal.append(opened)
-        elif opened.manifest_digest != manifest_digest:
-            raise ConfigError(
-                f"scheduler.job.dataset: the job {name!r} in state_dir was begun on manifest "
-                f"{opened.manifest_digest[:12]}, not {manifest_digest[:12]}; name the job differently to start another"
-            )
+        _insist_same(opened, mine, name)
+        if journal.cut_bytes:
+            log.warn("The journal's end was torn: what had not been acknowledged is dropped", bytes=journal.cut_bytes)
         yield JobStore(opened, journal, objects, slices)
+
+
+def _begun(objects: ObjectStore) -> str | None:
+    """Return the job of the chain that lies in the store already: its journal may be lost, or another machine's."""
+    first = next(iter(Chain(objects).load()), None)
+    return None if first is None else manifest.from_bytes(first.payload).job_id
+
+
+def _canonical(model: ModelSpec) -> str:
+    return msgspec.json.encode(model, order="deterministic").decode()
+
+
+def _insist_same(opened: JobOpened, mine: JobOpened, name: str) -> None:
+    instead = f"name the job differently, or start {name!r} over with --fresh"
+    if opened.manifest_digest != mine.manifest_digest:
+        raise ConfigError(
+            f"scheduler.job.dataset: the job {name!r} in state_dir was begun on manifest "
+            f"{opened.manifest_digest[:12]}, not {mine.manifest_digest[:12]}; {instead}"
+        )
+    before, now = _flat(msgspec.json.decode(opened.model)), _flat(msgspec.json.decode(mine.model))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"scheduler.job.model.{key}: the job {name!r} in state_dir was begun with "
+                f"{before.get(key)!r}, not {now.get(key)!r}; {instead}"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

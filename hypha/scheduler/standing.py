@@ -1,0 +1,35 @@
+"""Why nothing happens, if nothing happens: one reason per subject, logged when it changes, shown in the health report.
+
+note("dataset", "…") ─▶ log, once per change ─▶ words(): "nobody provides dataset 'text'; 1 of 2 train workers; …"
+clear("dataset")     ─▶ that subject is in order again
+"""
+
+from hypha.telemetry import ChangeLogger, get_logger
+
+log = get_logger("scheduler")
+
+
+class Standing:
+    """The open troubles of one scheduler, by subject: dataset, workers, store, round."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, str] = {}
+        self._said = ChangeLogger(log)
+
+    def note(self, subject: str, reason: str, **fields: object) -> None:
+        """Something waits, and why."""
+        self._reasons[subject] = reason
+        self._said.log_when_changed(subject, reason, **fields)
+
+    def clear(self, subject: str) -> bool:
+        """It waits no longer; returns whether it did."""
+        self._said.forget(subject)
+        return self._reasons.pop(subject, None) is not None
+
+    def reason(self, subject: str) -> str:
+        """Return what is noted about a subject, "" where it is in order."""
+        return self._reasons.get(subject, "")
+
+    def words(self) -> str:
+        """Return all reasons in the order in which they came up."""
+        return "; ".join(self._reasons.values())
