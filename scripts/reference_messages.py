@@ -23,6 +23,8 @@ _ALIASES = ("Name", "Reason", "PeerId", "Digest", "Count", "Seconds", "SignedAdd
 _SECTIONS = ((base, "Everywhere"), (leases, "Auctions, leases, jobs"), (rounds, "Rounds"), (streams, "Streams, health"))
 _HIDDEN = {"Message", "Request", "LeaseMessage", "RoundMessage", "BridgeMessage"}
 _JOB_SPEC = """\
+### JobSpec
+
 A `JobSpec`, the `job` of a DispatchJob, is the scheduler's `[scheduler.job]` with its dataset resolved: its tables are
 those of [configuration.md](configuration.md#hypha-scheduler), declared in `hypha/protocol/job.py`."""
 _BRIDGE_REMARKS = """\
