@@ -124,12 +124,17 @@ def peer_records() -> None:
 
 
 def exclusive_ports() -> None:
-    """Listeners set SO_REUSEPORT: a second node on a taken port starts, and gets every other connection."""
+    """Listeners set SO_REUSEPORT: a second node on a taken port starts, and gets every other connection.
 
-    def set_reuse_address_only(sock: trio.socket.SocketType) -> None:
+    Nor do they keep IPv6 to itself, so that one port cannot be listened on by both /ip4 and /ip6 wildcards.
+    """
+
+    def set_flags(sock: trio.socket.SocketType) -> None:
         sock.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_REUSEADDR, 1)
+        if sock.family == trio.socket.AF_INET6:
+            sock.setsockopt(trio.socket.IPPROTO_IPV6, trio.socket.IPV6_V6ONLY, 1)
 
-    tcp._set_reuse_flags = set_reuse_address_only
+    tcp._set_reuse_flags = set_flags
 
 
 def quiet() -> None:

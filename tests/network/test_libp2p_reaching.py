@@ -31,6 +31,15 @@ async def test_a_port_that_is_taken_names_the_key(nodes):
                 pass
 
 
+async def test_both_families_may_share_a_port(nodes):
+    async with nodes.alone("a", "worker") as a:
+        port = addresses.value(addresses.parse("", a.listen_addresses()[0]), "tcp")
+    both = (f"/ip4/0.0.0.0/tcp/{port}", f"/ip6/::/tcp/{port}")
+    async with nodes.alone("a", "worker", listen_addresses=both) as a:
+        assert {each.split("/")[4] for each in a.listen_addresses()} == {port}
+        assert len(a._swarm.listeners) == 2
+
+
 @pytest.mark.parametrize("key", ["listen_addresses", "gateway_addresses", "external_addresses", "exclude_cidr"])
 async def test_an_address_that_does_not_parse_names_the_key(nodes, key):
     with pytest.raises(ConfigError, match=f"`{key}`"):
