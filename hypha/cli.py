@@ -69,7 +69,13 @@ def _data_run() -> Run:
 
 
 GATEWAY = Role("gateway", "A node that others find each other through.", _gateway_config, _gateway_run)
-SCHEDULER = Role("scheduler", "Leases workers and coordinates a training job.", _scheduler_config, _scheduler_run)
+SCHEDULER = Role(
+    "scheduler",
+    "Leases workers and coordinates a training job.",
+    _scheduler_config,
+    _scheduler_run,
+    starts_over=True,
+)
 WORKER = Role("worker", "Leases this machine out and runs jobs on it.", _worker_config, _worker_run)
 DATA = Role("data", "Serves datasets to workers.", _data_config, _data_run)
 

@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).parent / "configs"
 PROBE_TIMEOUT_S = 10.0
-Run = Callable[[Any], Coroutine[Any, Any, None]]
+Run = Callable[..., Coroutine[Any, Any, None]]
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (TOML).")]
 MaybeConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="Configuration file (TOML).")]
@@ -37,6 +38,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set lease.ttl_s=10; repeat for several."),
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: set the state of earlier runs aside.")]
 TimeoutS = Annotated[float, typer.Option(min=0.1, help="Patience in seconds.")]
 
 
@@ -47,6 +49,8 @@ class Role(Struct, frozen=True):
     summary: str
     config: "Callable[[], type[NodeConfig]]"
     run: Callable[[], Run]
+    # Its `run` takes fresh=True: what it did before is set aside.
+    starts_over: bool = False
 
     @property
     def program(self) -> str:
@@ -164,19 +168,38 @@ def _run_command(role: Role) -> Callable[..., None]:
         validate: Validate = False,
     ) -> None:
         """Run the node until SIGINT or SIGTERM."""
-        path = config or context.obj
-        if path is None:
-            raise ConfigError("`run` needs a configuration: -c FILE")
-        if validate:
-            _validate(role, path, overrides)
-            return
-        with leaving_quietly():
-            from hypha.cli_run import run_role
+        _start(role, config or context.obj, overrides, validate=validate, run=role.run)
 
-            loaded = role.read(path, overrides)
-            run_role(role.program, role.run(), loaded)
+    def run_or_start_over(
+        context: typer.Context,
+        *,
+        config: MaybeConfigFile = None,
+        overrides: Overrides = None,
+        validate: Validate = False,
+        fresh: Fresh = False,
+    ) -> None:
+        """Run the job to its end, going on where an earlier run left it; SIGINT or SIGTERM ends it before."""
+        _start(role, config or context.obj, overrides, validate=validate, run=lambda: partial(role.run(), fresh=fresh))
 
-    return run
+    if not role.starts_over:
+        return run
+    run_or_start_over.__name__ = "run"
+    return run_or_start_over
+
+
+def _start(
+    role: Role, path: Path | None, overrides: list[str] | None, *, validate: bool, run: Callable[[], Run]
+) -> None:
+    if path is None:
+        raise ConfigError("`run` needs a configuration: -c FILE")
+    if validate:
+        _validate(role, path, overrides)
+        return
+    with leaving_quietly():
+        from hypha.cli_run import run_role
+
+        loaded = role.read(path, overrides)
+        run_role(role.program, run(), loaded)
 
 
 def _probe_command(role: Role) -> Callable[..., None]:

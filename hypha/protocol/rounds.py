@@ -154,6 +154,10 @@ class RoundBook:
             self.followers.add(member)
             self._bump()
 
+    def is_awaited(self, member: Member) -> bool:
+        """Whether this journaled lease is still being tried."""
+        return member in self._awaited
+
     def lease_adopted(self, member: Member) -> None:
         """A worker of the previous incarnation still answers: it is counted at once, and rebases if it must."""
         self._awaited.discard(member)

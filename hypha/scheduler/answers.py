@@ -90,6 +90,8 @@ class Answers:
 
     def _worker(self, peer: Peer, lease_id: str, fence: int) -> LeasedWorker:
         worker = self._job.pool.by_lease(lease_id)
+        if worker is None and self._job.book.is_awaited(Member(peer_id=peer.peer_id, fence=fence, lease_id=lease_id)):
+            raise Refused(f"lease {lease_id} is being adopted", "retry")
         if worker is None or (worker.member.peer_id, worker.member.fence) != (peer.peer_id, fence):
             raise Refused(f"lease {lease_id} (fence {fence}) of {peer.peer_id} is not held here")
         return worker
@@ -106,6 +108,8 @@ class Answers:
 
     async def _slice_request(self, peer: Peer, message: SliceRequest) -> SliceGrant | NoMore:
         job = self._job
+        if message.job_epoch < job.book.job_epoch and job.pool.by_lease(message.lease_id) is not None:
+            raise Refused(f"job epoch {job.book.job_epoch} has begun: its view is on its way", "retry")
         member = self._counted(peer, message, TRAINING)
         if member not in job.book.members:
             raise Refused("not counted yet: the view that has this worker as a member is on its way", "retry")

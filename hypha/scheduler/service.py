@@ -3,16 +3,14 @@
 dataset found ─▶ store opened, job epoch begun ─▶ workers leased ─▶ rounds ─▶ final model ─▶ leases released
 """
 
-import os
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 import msgspec
 import trio
 from msgspec import Struct
 
-from hypha.errors import ConfigError, HyphaError, JobFailed, PeerUnreachable, RemoteProtocolError, StoreError
+from hypha.errors import HyphaError, JobFailed, PeerUnreachable, RemoteProtocolError
 from hypha.network.fetch import Providers, fetch_manifest
 from hypha.network.health import serve_health
 from hypha.network.host import open_network
@@ -31,11 +29,10 @@ from hypha.scheduler.config import Config, JobConfig
 from hypha.scheduler.coordinator import FAILURES_IN_A_ROW_MAX, Coordinator
 from hypha.scheduler.crew import Crew
 from hypha.scheduler.pace import Pacing
+from hypha.scheduler.place import Place, open_place
 from hypha.scheduler.pool import LeasedWorker, Pool
 from hypha.scheduler.standing import Standing
 from hypha.scheduler.store import JobStore, Remembered, open_store
-from hypha.store.disk import Disk, RealDisk
-from hypha.store.objects import ObjectStore, open_objects
 from hypha.telemetry import get_logger, metrics
 
 log = get_logger("scheduler")
@@ -46,14 +43,6 @@ FAREWELL_S = 60.0
 RELEASE_S = 5.0
 FIND_BACKOFF_S = 0.5
 FIND_BACKOFF_MAX_S = 10.0
-
-
-class Place(Struct, frozen=True, kw_only=True):
-    """Where a job's state goes: the journal's disk, the store of chain and artifacts, and local scratch space."""
-
-    disk: Disk
-    objects: ObjectStore
-    directory: Path
 
 
 class Dataset(Struct, frozen=True, kw_only=True):
@@ -328,24 +317,16 @@ def _first(errors: BaseExceptionGroup[HyphaError]) -> HyphaError:
     return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-async def run(config: Config, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """Run this configuration's job to its end. Raises ConfigError (unusable store) or JobFailed."""
+async def run(
+    config: Config, *, fresh: bool = False, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Run this configuration's job to its end; `fresh` sets aside what an earlier run left.
+
+    Raises ConfigError (unusable store, or in use), StoreError (damaged) or JobFailed.
+    """
     runtime = RealRuntime()
     identity = load_identity(config)
-    directory = config.state_dir / config.scheduler.job.name
-    try:
-        disk = RealDisk(directory)
-    except StoreError as error:
-        raise ConfigError(f"state_dir: {error}") from error
-    objects = await runtime.run_blocking(open_objects, _store_url(config, directory))
-    downloads = directory / "downloads"
-    os.makedirs(downloads, exist_ok=True)
-    place = Place(disk=disk, objects=objects, directory=downloads)
-    async with open_network(identity, config, role="scheduler", runtime=runtime) as network:
-        await Scheduler(network, runtime, config, place).run(task_status=task_status)
-
-
-def _store_url(config: Config, directory: Path) -> str:
-    if config.checkpoint_url is None:
-        return str(directory)
-    return f"{config.checkpoint_url.rstrip('/')}/{config.scheduler.job.name}"
+    with ExitStack() as held:
+        place = await runtime.run_blocking(held.enter_context, open_place(config, fresh=fresh))
+        async with open_network(identity, config, role="scheduler", runtime=runtime) as network:
+            await Scheduler(network, runtime, config, place).run(task_status=task_status)

@@ -85,6 +85,7 @@ class AggregateSession(Session):
             self.fail(taken.unservable)
         self.guard.observe(view, peer_id)
         self.announce(view)
+        self._tell_ready()
         self._collected_changed()
 
     def _keep_for_later(self, view: RoundView, peer_id: str) -> None:
@@ -110,6 +111,7 @@ class AggregateSession(Session):
             del self._artifacts[digest]
         self._plans = {key: base for key, base in self._plans.items() if key[0] > message.round}
         super().committed(message, peer_id)
+        self._tell_ready()
 
     def _forget(self, contributions: tuple[Contribution, ...]) -> None:
         for gone in contributions:
@@ -296,21 +298,32 @@ class AggregateSession(Session):
         self.owed.settle()
         self._hold(report.round, report.model, report.momentum)
         self._collector = Collector(
-            self.context.job.job_id, self.me, round=report.round, model_digest=report.model.digest
-        )
-        ready = Ready(
-            job_id=self.context.job.job_id,
-            job_epoch=self.job_epoch,
+            self.context.job.job_id,
+            self.me,
             round=report.round,
-            lease_id=self.context.lease_id,
-            fence=self.context.fence,
-            digest=report.model.digest,
+            model_digest=report.model.digest,
             momentum_digest=report.momentum.digest,
         )
-        self.tell("ready", ready)
+        self._tell_ready()
         if self._pending_view is not None:
             self.observe(*self._pending_view)
             self._pending_view = None
+
+    def _tell_ready(self) -> None:
+        """Say what is held, unless the newest view counts on it: at first, and to a scheduler that came up again."""
+        held = self._collector
+        if held is None or (self.view is not None and self.me in self.view.servers):
+            return
+        ready = Ready(
+            job_id=self.context.job.job_id,
+            job_epoch=self.job_epoch,
+            round=held.round,
+            lease_id=self.context.lease_id,
+            fence=self.context.fence,
+            digest=held.model_digest,
+            momentum_digest=held.momentum_digest,
+        )
+        self.tell("ready", ready)
 
     @property
     def me(self) -> Member:

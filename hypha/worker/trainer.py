@@ -40,6 +40,7 @@ from hypha.protocol.messages import (
     UpdateRefused,
 )
 from hypha.telemetry import extracted, get_logger, inject, metrics, span
+from hypha.worker.redelivery import Redelivery
 from hypha.worker.session import JobContext, Session, refusal
 
 log = get_logger("worker.trainer")
@@ -53,12 +54,15 @@ class TrainSession(Session):
         self._instruction: bridge.Instruction = bridge.GoOn()
         self._received: tuple[int, int, str] | None = None  # (round, close, digest) of the newest outer update
         self._arrivals = 0
+        self._pushed_to: tuple[Member, ...] = ()
+        self._redelivery = Redelivery(self, self._push, lambda: self._pushed_to)
 
     async def run(self) -> None:
         """Send what the executor reports, until cancelled. Raises JobFailed when the executor has failed."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.watch)
             nursery.start_soon(self.outbox.run)
+            nursery.start_soon(self._redelivery.run)
 
     # --- fetch ----------------------------------------------------------------------------------------------------
 
@@ -132,26 +136,36 @@ class TrainSession(Session):
         return bridge.SamplesFetched(interval=grant.interval, path=path)
 
     async def _ask_for_samples(self, request: bridge.FetchSamples) -> SliceGrant | NoMore | None:
-        view = self.view
-        assert view is not None
-        message = SliceRequest(
-            job_id=view.job_id,
-            job_epoch=view.job_epoch,
-            round=request.round,
-            lease_id=self.context.lease_id,
-            fence=self.context.fence,
-            request=request.request,
-            wanted=request.wanted,
-        )
-        try:
-            return await self.insist(self.context.scheduler, message, lambda: self._open(request.round))
-        except Refused as refusal:
-            # The round moved on while we asked, or another view has us no more: nothing to train on in this round.
-            log.info("No samples", round=request.round, reason=str(refusal))
-            return None
+        """Ask until answered or the round has moved on; under a new job epoch, ask anew."""
+        while self._open(request.round):
+            view = self.view
+            assert view is not None, "a round is open"
+            message = SliceRequest(
+                job_id=view.job_id,
+                job_epoch=view.job_epoch,
+                round=request.round,
+                lease_id=self.context.lease_id,
+                fence=self.context.fence,
+                request=request.request,
+                wanted=request.wanted,
+            )
+            try:
+                answer = await self.insist(
+                    self.context.scheduler, message, partial(self._open, request.round, message.job_epoch)
+                )
+            except Refused as refusal:
+                # The round moved on while we asked, or another view has us no more: nothing to train on in this round.
+                log.info("No samples", round=request.round, reason=str(refusal))
+                return None
+            if answer is not None:
+                return answer
+        return None
 
-    def _open(self, round_asked: int) -> bool:
-        return not self.stopped and self.view is not None and self.view.round == round_asked
+    def _open(self, round_asked: int, job_epoch: int | None = None) -> bool:
+        view = self.view
+        if self.stopped or view is None or view.round != round_asked:
+            return False
+        return job_epoch in (None, view.job_epoch)
 
     def _goes_on_with(self, view: RoundView) -> bool:
         return self._stands(view) and not self.stopped
@@ -167,6 +181,7 @@ class TrainSession(Session):
         metrics.GRADIENT_TRANSMISSION_TIME.record(self.context.runtime.now() - started)
         if isinstance(answer, bridge.SendAccepted):
             self.owed.settle()  # it waits for the round to close, however long that takes
+            self._redelivery.delivered(request)
         return answer
 
     async def _push(self, request: bridge.SendUpdate) -> bridge.Sent:
@@ -181,6 +196,7 @@ class TrainSession(Session):
             pushing, wanted = partial(self._push_to_all, view, request, path), partial(self._goes_on_with, view)
             answer: bridge.Sent | None = await self.while_wanted(pushing, wanted)
             if answer is not None:
+                self._pushed_to = view.servers
                 return answer
             if wanted():
                 await self.pause(backoff)

@@ -1,0 +1,83 @@
+"""Where one job's state lies, held by one scheduler at a time.
+
+{state_dir}/{job}.lock          flock(2) while the scheduler runs
+{state_dir}/{job}/              journal, chain, records, checkpoints        (`store`)
+{state_dir}/{job}/downloads/    what is on its way between network and store: emptied at start
+{state_dir}/{job}.before-1/     what --fresh set aside; never deleted by us
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from msgspec import Struct
+
+from hypha.errors import ConfigError, StoreError
+from hypha.scheduler.config import Config
+from hypha.store.disk import Disk, RealDisk
+from hypha.store.objects import ObjectStore, open_objects
+from hypha.telemetry import get_logger
+
+log = get_logger("scheduler")
+
+
+class Place(Struct, frozen=True, kw_only=True):
+    """Where a job's state goes: the journal's disk, the store of chain and artifacts, and local scratch space."""
+
+    disk: Disk
+    objects: ObjectStore
+    directory: Path
+
+
+@contextmanager
+def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
+    """Open the job's directories, alone; with `fresh`, what is there is set aside first.
+
+    Raises ConfigError: in use by another scheduler, not writable, or a store from which nothing can be set aside.
+    """
+    name = config.scheduler.job.name
+    directory = config.state_dir / name
+    with ExitStack() as held:
+        try:
+            held.enter_context(RealDisk(config.state_dir).lock(f"{name}.lock"))
+        except StoreError as error:
+            raise ConfigError(f"state_dir: {error}; one scheduler leads a job") from error
+        try:
+            if fresh:
+                _set_aside(directory)
+            disk = RealDisk(directory)
+            downloads = directory / "downloads"
+            shutil.rmtree(downloads, ignore_errors=True)
+            os.makedirs(downloads, exist_ok=True)
+        except (StoreError, OSError) as error:
+            raise ConfigError(f"state_dir: {error}") from error
+        yield Place(disk=disk, objects=_objects(config, directory, fresh=fresh), directory=downloads)
+
+
+def _objects(config: Config, directory: Path, *, fresh: bool) -> ObjectStore:
+    if config.checkpoint_url is None:
+        return open_objects(str(directory))
+    url = f"{config.checkpoint_url.rstrip('/')}/{config.scheduler.job.name}"
+    parts = urlsplit(url)
+    if fresh and parts.scheme in ("", "file"):
+        try:
+            _set_aside(Path(parts.path if parts.scheme else url))
+        except OSError as error:
+            raise ConfigError(f"checkpoint_url: {error}") from error
+    objects = open_objects(url)
+    if fresh and objects.names("chain"):
+        raise ConfigError(f"checkpoint_url: {url} holds a job that cannot be set aside; name the job differently")
+    return objects
+
+
+def _set_aside(directory: Path) -> None:
+    if not directory.exists():
+        return
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}.before-{number}")).exists():
+        number += 1
+    directory.rename(aside)
+    log.info("The job starts over; its state was set aside", directory=str(aside))
