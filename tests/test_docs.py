@@ -11,6 +11,7 @@ import pytest
 import tomli
 
 from hypha.config import load_config
+from hypha.dataset import faults_of as faults_of_dataset
 from hypha.telemetry import metrics
 from scripts import reference
 from scripts.reference_commands import APPS, command_names, helps
@@ -173,3 +174,12 @@ def test_the_example_executor_takes_part_in_a_job(tmp_path):
         finish(job, server, [])
         assert [done.round for done in job.rounds] == [1, 2, 3]
         assert len({done.model.digest for done in job.rounds}) == 3
+
+
+def test_the_example_of_a_dataset_is_one(tmp_path):
+    (source,) = blocks(ROOT / "docs" / "how-to" / "datasets.md", "python")
+    program = tmp_path / "make.py"
+    program.write_text(source)
+    made = [sys.executable, program, tmp_path / "images"]
+    subprocess.run(made, check=True, timeout=60)
+    assert faults_of_dataset(tmp_path / "images") == []
