@@ -12,6 +12,7 @@ The app only translates; every rule lives in the session. Errors come back as a 
 
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -84,11 +85,12 @@ class JobSession(Protocol):
 async def _body(request: HttpRequest) -> bytes:
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > BODY_BYTES_MAX:
-            raise TooLarge(f"{request.url.path}: body exceeds {BODY_BYTES_MAX} bytes")
-        parts.append(part)
+    async with aclosing(request.stream()) as stream:
+        async for part in stream:
+            size += len(part)
+            if size > BODY_BYTES_MAX:
+                raise TooLarge(f"{request.url.path}: body exceeds {BODY_BYTES_MAX} bytes")
+            parts.append(part)
     return b"".join(parts)
 
 
@@ -186,6 +188,18 @@ def _socket_path(directory: Path) -> Iterator[Path]:
         yield Path(short) / "bridge.sock"
 
 
+def _listener(path: Path) -> socket.socket:
+    """Return a socket bound to `path`, for this user alone. Raises JobFailed."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(os.fsencode(path))
+        path.chmod(0o600)  # until then the directory's mode keeps others out
+    except OSError as error:
+        listener.close()
+        raise JobFailed(f"no bridge at {path}: {error.strerror or error}") from error
+    return listener
+
+
 async def serve_bridge(
     session: JobSession, directory: Path, *, task_status: trio.TaskStatus[Path] = trio.TASK_STATUS_IGNORED
 ) -> None:
@@ -193,18 +207,14 @@ async def serve_bridge(
 
     Raises JobFailed when there can be no socket.
     """
-    try:
-        with _socket_path(directory) as path:
-            config = HypercornConfig()
-            config.bind = [f"unix:{path}"]
-            config.umask = 0o177
-            config.accesslog = None
-            config.errorlog = logging.getLogger("hypercorn.error")
-            config.keep_alive_timeout = 3600.0
-            config.graceful_timeout = 0.2
-            app = cast(Any, build_app(session))
-            async with trio.open_nursery() as nursery:
-                await nursery.start(partial(serve, app, config, shutdown_trigger=trio.sleep_forever, mode="asgi"))
-                task_status.started(path)
-    except* OSError as errors:
-        raise JobFailed(f"no bridge in {directory}: {errors.exceptions[0]}") from errors
+    with _socket_path(directory) as path:
+        config = HypercornConfig()
+        config.bind = [f"fd://{_listener(path).detach()}"]
+        config.accesslog = None
+        config.errorlog = logging.getLogger("hypercorn.error")
+        config.keep_alive_timeout = 3600.0
+        config.graceful_timeout = 0.2
+        app = cast(Any, build_app(session))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(partial(serve, app, config, shutdown_trigger=trio.sleep_forever, mode="asgi"))
+            task_status.started(path)
