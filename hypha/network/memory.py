@@ -25,6 +25,8 @@ from hypha.network.memory_stream import MemoryStream, Pipe
 from hypha.network.seam import Peer
 
 Arrival = Callable[[MemoryNetwork], None]
+# Who asked, who answered, the encoded request and the encoded answer.
+AnswerObserver = Callable[[str, str, bytes, bytes], None]
 
 
 class ProviderRecord:
@@ -47,6 +49,7 @@ class MemoryFabric:
         self._silent: set[str] = set()
         self._records: dict[str, dict[str, ProviderRecord]] = {}
         self._observers: list[Callable[[Event], None]] = []
+        self._answer_observers: list[AnswerObserver] = []
         # Numbers are the fabric's, so that a late answer never finds a question of its asker's next incarnation.
         self.numbers: Iterator[int] = itertools.count(1)
 
@@ -80,6 +83,21 @@ class MemoryFabric:
     def on_event(self, observer: Callable[[Event], None]) -> None:
         """Call the observer with everything that happens from now on."""
         self._observers.append(observer)
+
+    def on_answer(self, observer: AnswerObserver) -> None:
+        """Call the observer with every request that was handled, at the moment its answer is sent."""
+        self._answer_observers.append(observer)
+
+    def answered(self, asker: str, answerer: str, request: bytes, reply: bytes) -> None:
+        """Tell the observers of answers."""
+        for observer in self._answer_observers:
+            observer(asker, answerer, request, reply)
+
+    def calm(self, profile: FaultProfile) -> None:
+        """Let every link behave like this from now on."""
+        self.profile = profile
+        for link in self._links.values():
+            link.profile = profile
 
     def tell(self, src: str, dst: str, what: str, outcome: str) -> None:
         """Tell the observers."""
@@ -195,6 +213,10 @@ class MemoryFabric:
                 self.tell(src, node.peer_id, what, "arrived")
                 arrive(node)
 
+        if len(trips_s) > 1:
+            self.tell(src, node.peer_id, what, "duplicated")
+        if trips_s[0] > self.profile.latency_s + self.profile.jitter_s and self.profile.bandwidth == float("inf"):
+            self.tell(src, node.peer_id, what, "delayed")
         for trip_s in trips_s:
             if not node.mailbox.post(trio.current_time() + trip_s, arrived):
                 self.tell(src, node.peer_id, what, "dropped: mailbox full")

@@ -239,6 +239,7 @@ class MemoryNetwork:
         self._connected[peer.peer_id] = peer
         reply = await self._dispatcher.handle(peer, data)
         await self.gate.passed()
+        self._fabric.answered(peer.peer_id, self.peer_id, data, reply)
         self._settle_at(peer, number, f"{kind} reply", reply)
 
     def _settle_at(self, peer: Peer, number: int, what: str, answer: bytes) -> None:

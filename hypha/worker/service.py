@@ -63,6 +63,8 @@ SCHEDULERS = frozenset({"scheduler"})
 WORKERS = frozenset({"worker"})
 # The sweep kills what died no later than this after its deadline, even if a grant came while it slept.
 SWEEP_MAX_S = 0.25
+# Clocks are floats: waking a rounding error before a deadline must cost a moment, not spin.
+TICK_S = 0.001
 
 
 class Worker:
@@ -140,7 +142,7 @@ class Worker:
         while True:
             deadline = self.ledger.next_deadline()
             wait_s = SWEEP_MAX_S if deadline is None else deadline - self._runtime.now()
-            await self._runtime.sleep(min(max(wait_s, 0.0), SWEEP_MAX_S))
+            await self._runtime.sleep(min(max(wait_s, TICK_S), SWEEP_MAX_S))
             for lease in self.ledger.expire(self._runtime.now()):
                 if self.jobs.kill(lease.lease_id, lease.reason) or lease.job_id is not None:
                     log.warn("Lease expired", lease_id=lease.lease_id, scheduler=lease.holder, job_id=lease.job_id)

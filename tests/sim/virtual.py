@@ -4,6 +4,7 @@ run_seeded(seed, main) ──▶ trio on a MockClock that jumps, its shuffling s
 VirtualRuntime ──▶ now()  = offset + rate × virtual time     a clock of its own, fast or slow
                    new_id() = "worker-1.0-7"                 node, incarnation, count
                    run_blocking()                            inline, after `blocking_s` of virtual time
+Power ──▶ off: whatever the crashed node still asks of its machine ends in NodeCrashed, so no cleanup is ever done
 """
 
 import random
@@ -16,6 +17,22 @@ import trio.testing
 from hypha.network.memory_faults import Gate
 
 T = TypeVar("T")
+
+
+class NodeCrashed(BaseException):
+    """The machine is off: not an error that a program handles."""
+
+
+class Power:
+    """Whether one incarnation of a node still has its machine under it."""
+
+    def __init__(self) -> None:
+        self.off = False
+
+    def check(self) -> None:
+        """Raise NodeCrashed once it is off."""
+        if self.off:
+            raise NodeCrashed
 
 
 class VirtualRuntime:
@@ -31,6 +48,7 @@ class VirtualRuntime:
         offset: float = 0.0,
         blocking_s: float = 0.0,
         gate: Gate | None = None,
+        power: Power | None = None,
     ) -> None:
         self.random = random.Random(f"{seed}:{name}:{incarnation}")
         self._name = f"{name}.{incarnation}"
@@ -38,6 +56,7 @@ class VirtualRuntime:
         self._offset = offset
         self._blocking_s = blocking_s
         self._gate = Gate() if gate is None else gate
+        self._power = Power() if power is None else power
         self._ids = 0
 
     def now(self) -> float:
@@ -46,6 +65,7 @@ class VirtualRuntime:
 
     async def sleep(self, seconds: float) -> None:
         """Sleep so long by this node's clock."""
+        self._power.check()
         async with self._gate:
             await trio.sleep(max(0.0, seconds) / self._rate)
 
@@ -56,6 +76,7 @@ class VirtualRuntime:
 
     async def run_blocking(self, function: Callable[..., T], *args: object) -> T:
         """Run it here and now, then let `blocking_s` pass."""
+        self._power.check()
         async with self._gate:
             result = function(*args)
             await trio.sleep(self._blocking_s)

@@ -1,0 +1,79 @@
+"""What a job must have come to, computed again from nothing but its chain of commits.
+
+entry r ─▶ contributions: samples named ─▶ their pseudo-gradients on model r-1, byte for byte
+        ─▶ merged by weight in (peer id, fence) order ─▶ Nesterov ─▶ model r, momentum r, record r: by digest
+"""
+
+from hypha.protocol.job import OuterOptimizer
+from hypha.protocol.manifest import RoundCommitted
+from hypha.protocol.messages import Contribution
+from tests.sim import dataset, weights
+
+
+class Reference:
+    """Replays committed rounds; `round` is the newest, `samples` counts all that were used."""
+
+    def __init__(self, *, seed: int, sizes: tuple[int, ...], outer: OuterOptimizer) -> None:
+        self.round = 0
+        self.samples = 0
+        self.epochs = 0
+        self._sizes = sizes
+        self._outer = outer
+        self._theta = weights.initial(seed)
+        self._velocity = weights.zeros()
+        self._used: dict[int, set[int]] = {}
+
+    @property
+    def model_digest(self) -> str:
+        """Of the model after the newest round."""
+        return weights.digest(self._theta)
+
+    def commit(self, entry: RoundCommitted) -> list[str]:
+        """Take the next round; returns every way in which it is not what it must be."""
+        merged = entry.merged
+        faults = []
+        if merged.round != self.round + 1:
+            faults.append(f"L5: round {merged.round} committed after round {self.round}")
+        if merged.base_digest != self.model_digest:
+            faults.append(f"L5: round {merged.round} starts from another model than round {self.round} left")
+        faults += [fault for each in entry.contributions for fault in self._use(each)]
+        named = [(self._delta(c), c.samples) for c in self._ordered(entry.contributions) if c.samples]
+        gradient = weights.mean(named)
+        self._theta, self._velocity, update = weights.step(self._theta, self._velocity, gradient, self._outer)
+        self.round = merged.round
+        expected = {
+            "model": (self._theta, merged.model_digest),
+            "momentum": (self._velocity, merged.momentum_digest),
+            "record": (gradient, merged.record_digest),
+            "update": (update, merged.update_digest),
+        }
+        for part, (vector, found) in expected.items():
+            if weights.digest(vector) != found:
+                faults.append(f"the {part} of round {merged.round} is not what its contributions make")
+        return faults
+
+    def _ordered(self, contributions: tuple[Contribution, ...]) -> list[Contribution]:
+        return sorted(contributions, key=lambda c: (c.peer_id, c.fence))
+
+    def _numbers(self, contribution: Contribution) -> list[int]:
+        return [n for interval in contribution.intervals for n in dataset.samples_of(self._sizes, interval)]
+
+    def _delta(self, contribution: Contribution) -> weights.Vector:
+        return weights.pseudo_gradient(self._numbers(contribution), self._theta)
+
+    def _use(self, contribution: Contribution) -> list[str]:
+        who = f"{contribution.peer_id}/{contribution.fence} in round {contribution.round}"
+        faults = []
+        for interval in contribution.intervals:
+            used = self._used.setdefault(interval.epoch, set())
+            new = set(dataset.samples_of(self._sizes, interval))
+            if used & new:
+                faults.append(f"L6: {who} used samples {sorted(used & new)[:4]} of epoch {interval.epoch} again")
+            used |= new
+            if interval.epoch and len(self._used.get(interval.epoch - 1, ())) != sum(self._sizes):
+                faults.append(f"L6: {who} used epoch {interval.epoch} before the one before it was all used")
+        self.samples += contribution.samples
+        self.epochs = sum(len(used) == sum(self._sizes) for used in self._used.values())
+        if weights.digest(self._delta(contribution)) != contribution.digest:
+            faults.append(f"the contribution of {who} is not what its samples and base give")
+        return faults

@@ -1,0 +1,101 @@
+"""The simulated model: fifteen numbers in two tensors, trained by arithmetic that can be repeated from the chain alone.
+
+    sample i ─▶ g(i) = sin((i+1)·k)          pseudo-gradient of a contribution: mean of g over its samples + θ/100
+    contributions ─▶ mean by samples ─▶ Nesterov ─▶ θ', v', Δ̄, U        as hypha.training.outer, in numpy fp32
+
+Every file is canonical SafeTensors, so equal numbers have equal digests.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hypha.protocol.bridge import FileRef
+from hypha.protocol.job import OuterOptimizer
+from hypha.protocol.tensorfile import TensorSpec, layout, parse_header
+
+Vector = npt.NDArray[np.float32]  # all elements of the model, in file order
+SHAPES = {"bias": (3,), "weight": (4, 3)}
+ELEMENTS = 15
+_HEADER, _LAYOUT = layout([TensorSpec(name, "F32", shape) for name, shape in SHAPES.items()])
+_WAVES = 0.37 * np.arange(1, ELEMENTS + 1)
+IDS = "ids"  # the one tensor of the simulated dataset: a number for each sample
+
+
+def initial(seed: int) -> Vector:
+    """Model 0 of a job with this seed."""
+    return np.cos(seed + np.arange(ELEMENTS)).astype(np.float32)
+
+
+def zeros() -> Vector:
+    """Momentum 0."""
+    return np.zeros(ELEMENTS, np.float32)
+
+
+def pseudo_gradient(samples: Iterable[int], base: Vector) -> Vector:
+    """What training on these samples from that base gives, in whatever order they came; zero without samples."""
+    ids = np.sort(np.fromiter(samples, np.int64))
+    if not len(ids):
+        return zeros()
+    mean = np.sin(np.outer(ids + 1, _WAVES)).mean(axis=0)
+    return (mean + 0.01 * base.astype(np.float64)).astype(np.float32)
+
+
+def mean(weighted: Sequence[tuple[Vector, int]]) -> Vector:
+    """Δ̄ of (pseudo-gradient, its samples) in the order given, every product and sum rounded to fp32."""
+    samples = sum(count for _, count in weighted)
+    (first, count), *others = weighted
+    total = first * np.float32(count / samples)
+    for delta, count in others:
+        total = total + delta * np.float32(count / samples)
+    return total
+
+
+def step(theta: Vector, velocity: Vector, gradient: Vector, outer: OuterOptimizer) -> tuple[Vector, Vector, Vector]:
+    """Return θ', v' and U of one Nesterov step."""
+    momentum, rate = np.float32(outer.momentum), np.float32(outer.learning_rate)
+    speed = velocity * momentum + gradient
+    update = (speed * momentum + gradient) * rate
+    return theta - update, speed, update
+
+
+def to_bytes(vector: Vector) -> bytes:
+    """The file that holds these numbers."""
+    return _HEADER + vector.astype("<f4").tobytes()
+
+
+def digest(vector: Vector) -> str:
+    """The digest of that file."""
+    return hashlib.sha256(to_bytes(vector)).hexdigest()
+
+
+def write(path: Path, vector: Vector, root: Path) -> FileRef:
+    """Write the file and return it as the bridge names it."""
+    data = to_bytes(vector)
+    path.write_bytes(data)
+    return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=hashlib.sha256(data).hexdigest())
+
+
+def read(path: Path) -> Vector:
+    """Return the numbers in a file. Raises RemoteProtocolError where it is none of ours."""
+    data = path.read_bytes()
+    placed = parse_header(data[: _LAYOUT.header_bytes], file_bytes=len(data))
+    assert placed.shapes() == _LAYOUT.shapes(), f"{path.name} is another model's"
+    return np.frombuffer(data, "<f4", offset=_LAYOUT.header_bytes).astype(np.float32)
+
+
+def slice_bytes(first: int, samples: int) -> bytes:
+    """A slice file that holds the samples numbered from `first`."""
+    header, _ = layout([TensorSpec(IDS, "U32", (samples,))])
+    return header + np.arange(first, first + samples, dtype="<u4").tobytes()
+
+
+def rows(path: Path, start: int, stop: int) -> list[int]:
+    """The numbers of the samples in rows [start, stop) of a slice file."""
+    data = path.read_bytes()
+    header_bytes = 8 + int.from_bytes(data[:8], "little")
+    placed = parse_header(data[:header_bytes], file_bytes=len(data)).tensors[IDS]
+    return [int(each) for each in np.frombuffer(data[placed.start : placed.stop], "<u4")[start:stop]]
