@@ -54,7 +54,7 @@ class Cluster:
         self._root = root
         self._over = trio.Event()
         self._nursery: trio.Nursery
-        self._striking: trio.Nursery
+        self._striking = trio.CancelScope()
         self._build()
         self.invariants = Invariants(self)
         self.fabric.on_event(self.chronicle.network)
@@ -116,13 +116,11 @@ class Cluster:
     async def running(self) -> AsyncIterator["Cluster"]:
         """Start everything; whatever still runs is taken down at the end."""
         with self.chronicle.listening():
-            async with trio.open_nursery() as self._nursery, trio.open_nursery() as self._striking:
+            async with trio.open_nursery() as self._nursery:
                 for name in self.machines:
                     self.start(name)
-                for fault in self.scenario.faults:
-                    self._striking.start_soon(self._strike, fault)
+                self._nursery.start_soon(self._strike_all)
                 yield self
-                self._striking.cancel_scope.cancel()
                 self._nursery.cancel_scope.cancel()
 
     def start(self, name: str) -> None:
@@ -168,7 +166,7 @@ class Cluster:
         if patience.cancelled_caught:
             waited = self.scheduler.waiting()
             self._break("L7 progress returns after the network heals", f"not finished in time; waiting for: {waited}")
-        self._striking.cancel_scope.cancel()
+        self._striking.cancel()
         self._make_whole()
         if self.broken is None:
             await trio.sleep(GOODBYE_TTLS * scenario.ttl_s)
@@ -233,6 +231,12 @@ class Cluster:
         ]
 
     # --- faults ---------------------------------------------------------------------------------------------------
+
+    async def _strike_all(self) -> None:
+        with self._striking:
+            async with trio.open_nursery() as nursery:
+                for fault in self.scenario.faults:
+                    nursery.start_soon(self._strike, fault)
 
     async def _strike(self, fault: Fault) -> None:
         await trio.sleep(fault.at_s)
