@@ -75,6 +75,7 @@ class Coordinator:
         self._patience_s = patience_s
         self._failures_max = failures_max
         self._employed: set[Member] = set()
+        self.trying: set[Member] = set()  # leases of the last run that may still be adopted
         self._failed_in_a_row = 0
         self._sent: tuple[int, bool] | None = None
         self._span: Span = start_span("outer_round", root=True, round=book.round)
@@ -119,6 +120,8 @@ class Coordinator:
         self._employed.add(worker.member)
         if worker.work == "train":
             self.book.lease_added(worker.member)
+        # Its job may have run for a while before we heard that it does: views were sent without it.
+        self._show(worker.member)
         self.wake()
 
     def adopted(self, worker: LeasedWorker) -> None:
@@ -126,9 +129,7 @@ class Coordinator:
         self._employed.add(worker.member)
         if worker.work == "train":
             self.book.lease_adopted(worker.member)
-        view = self.view()
-        if view is not None:
-            self.outbox.put(worker.member.peer_id, "view", view)
+        self._show(worker.member)
         self.announce_committed()
         self.wake()
 
@@ -234,6 +235,11 @@ class Coordinator:
         # Also to a server that is no part of it yet: under a new job epoch it says what it holds when it hears of it.
         for peer_id in self._peers():
             self.outbox.put(peer_id, "view", view)
+
+    def _show(self, member: Member) -> None:
+        view = self.view()
+        if view is not None:
+            self.outbox.put(member.peer_id, "view", view)
 
     def _peers(self) -> list[str]:
         return sorted({member.peer_id for member in self._employed})
