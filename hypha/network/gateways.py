@@ -4,9 +4,11 @@
                         ▲                        └ failed: backoff with jitter, 0.2 s to 15 s                 │
                         └──────────────────────────────────────────────────────────────────────────────────────┘
 
-"No gateway reachable" is logged when it becomes true and not again; so is the return.
+"No gateway reachable" is logged when it has been true for a moment and not again; so is the return. The moment lets a
+network be shut down as a whole, in any order, without every node complaining of the others.
 """
 
+import math
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -27,6 +29,8 @@ from hypha.telemetry import get_logger
 GATEWAY = "gateway"  # the role, as certificates name it
 BACKOFF_BASE_S = 0.2
 BACKOFF_MAX_S = 15.0
+# A gateway lost for less is no news: it restarts, or this node is being stopped along with it.
+UNREACHABLE_S = 2.0
 
 # Called with the gateway's id and the address it was reached at, peer id included; cancelled when the connection ends.
 Introduce = Callable[[ID, Multiaddr], Awaitable[None]]
@@ -53,6 +57,7 @@ class Gateways:
         self._connected: dict[ID, Multiaddr] = {}
         self._failing: dict[str, str] = {}
         self._reachable: bool | None = None
+        self._lost_at = -math.inf
         self._scope = trio.CancelScope()
         self.first_connected = trio.Event()
         self.all_tried = trio.Event()
@@ -95,6 +100,7 @@ class Gateways:
             self._note(address, None)
             await self._until_closed(peer_id, conn)
             del self._connected[peer_id]
+            self._lost_at = self._runtime.now()
             self._note(address, "the connection ended")
             await backoff.wait()
 
@@ -127,7 +133,7 @@ class Gateways:
             self._failing[str(address)] = reason
         if len(self._failing) + len(self._connected) >= len(self._addresses):
             self.all_tried.set()
-        reachable = bool(self._connected)
+        reachable = bool(self._connected) or self._runtime.now() - self._lost_at < UNREACHABLE_S
         if reachable == self._reachable or not (reachable or self.all_tried.is_set()):
             return
         self._reachable = reachable

@@ -34,6 +34,7 @@ from hypha.network.dispatch import Dispatcher, prepare
 from hypha.network.gateways import Gateways
 from hypha.network.gossip import Gossip
 from hypha.network.relay import Relay
+from hypha.network.revocation import Revocation
 from hypha.network.seam import Peer, RequestHandler, Stream, StreamHandler
 from hypha.network.streams import Libp2pStream
 from hypha.network.swarm import build_swarm
@@ -110,6 +111,7 @@ class Libp2pNetwork:
         self._gossip = Gossip(self._host, self._topics, self._dispatcher.refusals, self._peer_named)
         self._dht = Dht(self._host, runtime, self._connected_gateways)
         self._relay = Relay(self._host, runtime, serves=role == "gateway")
+        self._revocation = Revocation(identity, self._swarm, runtime)
         self._dialer: Dialer
         self._gateways: Gateways
 
@@ -187,14 +189,8 @@ class Libp2pNetwork:
             listening.try_to_bind(address)
 
     async def reload_crls(self) -> bool:
-        """Read the revocation lists again and hang up on everybody they name; True if they changed.
-
-        Raises ConfigError like `Identity.reload_crls`.
-        """
-        try:
-            return await self._runtime.run_blocking(self._identity.reload_crls)
-        finally:
-            await self._hang_up_on_revoked()
+        """Read the revocation lists now; see `Revocation.reload`."""
+        return await self._revocation.reload()
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -214,6 +210,7 @@ class Libp2pNetwork:
             if self._role == "gateway":
                 await stack.enter_async_context(self._gossip.carried(TOPIC_WORKER))
             nursery.start_soon(self._gateways.keep)
+            nursery.start_soon(self._revocation.keep)
             stack.callback(self._gateways.let_go)
             await self._wait_for_gateway()
             log.info("Listening", addresses=", ".join(self.listen_addresses()), peer_id=self.peer_id)
@@ -336,14 +333,6 @@ class Libp2pNetwork:
 
     def _connected_gateways(self) -> list[ID]:
         return self._gateways.connected()
-
-    async def _hang_up_on_revoked(self) -> None:
-        for conns in list(self._swarm.connections.values()):
-            for conn in list(conns):
-                muxed = conn.muxed_conn
-                if isinstance(muxed, yamux.Yamux) and self._identity.is_revoked(muxed.secured_conn.identity):
-                    log.warn("Hung up on a revoked peer", peer_id=str(muxed.peer_id))
-                    await conn.close()
 
 
 def _id(peer_id: str) -> ID:

@@ -107,6 +107,11 @@ class Identity:
         return self._me.not_after
 
     @property
+    def crl_paths(self) -> tuple[Path, ...]:
+        """The files that `reload_crls` reads."""
+        return self._crl_paths
+
+    @property
     def private_key(self) -> bytes:
         """The 32 raw bytes of the Ed25519 seed, as libp2p's KeyPair wants them. Never log them."""
         return self._key.private_bytes_raw()

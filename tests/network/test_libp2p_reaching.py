@@ -9,7 +9,7 @@ from libp2p.peer.id import ID
 from libp2p.pubsub.pb import rpc_pb2
 
 from hypha.errors import ConfigError, JobFailed, PeerUnreachable
-from hypha.network import addresses
+from hypha.network import addresses, gateways
 from hypha.protocol.messages import TOPIC_WORKER, Ack, FetchSlice, JobStatus
 from hypha.telemetry import metrics
 from tests.network.cast import CHUNK, ack, advertisement, eventually_answers, fetch, opened, receive_all, status
@@ -47,7 +47,8 @@ async def test_an_address_that_does_not_parse_names_the_key(nodes, key):
             pass
 
 
-async def test_a_gateway_that_comes_late_is_found_and_its_absence_is_said_once(nodes, caplog):
+async def test_a_gateway_that_comes_late_is_found_and_its_absence_is_said_once(nodes, caplog, monkeypatch):
+    monkeypatch.setattr(gateways, "UNREACHABLE_S", 0.0)
     async with nodes.alone("gateway", "gateway") as gateway:
         where = gateway.listen_addresses()[0]
     port = where.partition("/p2p/")[0]
@@ -63,6 +64,20 @@ async def test_a_gateway_that_comes_late_is_found_and_its_absence_is_said_once(n
         said = [r.message for r in caplog.records if "ateway" in r.message]
         assert said.count("Gateway connected") == 2
         assert 2 <= said.count("No gateway reachable; trying on") <= 3
+
+
+async def test_a_gateway_lost_for_a_moment_is_no_news(nodes, caplog):
+    async with nodes.alone("gateway", "gateway") as gateway:
+        port = gateway.listen_addresses()[0].partition("/p2p/")[0]
+    caplog.clear()
+    caplog.set_level(logging.INFO, "hypha")
+    async with nodes.alone("a", "worker", gateway_addresses=(port,)) as a:
+        for _ in range(2):
+            async with nodes.alone("gateway", "gateway", listen_addresses=(port,)):
+                await until(lambda: len(a.connected_peers()) == 1)
+            await until(lambda: a.connected_peers() == [])
+    said = [r.message for r in caplog.records if "ateway" in r.message]
+    assert said == ["No gateway reachable; trying on", "Gateway connected"]
 
 
 async def test_a_provider_is_found_again_after_its_gateway_forgot_everything(nodes):

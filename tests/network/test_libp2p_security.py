@@ -1,12 +1,13 @@
 """Who gets in, who does not, what both sides hear of it, and that nobody else is harmed."""
 
+import logging
 from datetime import UTC, datetime, timedelta
 
 import pytest
 import trio
 
 from hypha.errors import ConfigError, PeerUnreachable, RemoteProtocolError
-from hypha.network import addresses
+from hypha.network import addresses, revocation
 from hypha.network.probe import identify, probe
 from hypha.pki import Identity, issue_node, load_identity
 from hypha.pki.pem import read_certificates
@@ -69,21 +70,75 @@ async def test_a_refused_dialer_is_told_why_and_the_listener_says_so_once(pki, c
         assert told == ["its certificate refused: expired"]
 
 
-async def test_a_revoked_peer_is_hung_up_on_and_does_not_get_in_again(pki, tmp_path):
+@pytest.fixture
+def with_lists(pki, tmp_path, monkeypatch):
+    """A node that is given revocation lists, one whose certificate is not in them yet, the serial, and the file."""
+    monkeypatch.setattr(revocation, "POLL_S", 0.05)
     crls = tmp_path / "crls.pem"
     pki.crls(crls, {})
-    revoked = issue_node(pki.org, "revoked", ["scheduler"])
-    leaver = load_identity(pki.write("revoked", revoked))
+    leaver = issue_node(pki.org, "leaver", ["scheduler"])
     files = pki.node("listener", ["worker"])
     listener = load_identity(type(files)(files.directory, files.cert_pem, files.key_pem, files.trust_pem, (crls,)))
+    return listener, load_identity(pki.write("leaver", leaver)), leaver.certificate.serial_number, crls
+
+
+async def test_a_peer_revoked_while_the_node_runs_is_hung_up_on_and_others_are_not(pki, nodes, with_lists, caplog):
+    listener, leaver, serial, crls = with_lists
+    caplog.set_level(logging.INFO, "hypha.network.revocation")
+    async with (
+        running(listener) as host,
+        running(leaver, "scheduler") as guest,
+        nodes.alone("friend", "scheduler") as friend,
+    ):
+        answering(host)
+        for each in (guest, friend):
+            introduce(each, host)
+            assert await each.request(host.peer_id, status()) == Ack()
+        kept = next(iter(friend._swarm.connections.values()))[0]
+        pki.crls(crls, {serial: datetime.now(UTC)}, number=2)
+        await until(lambda: guest.connected_peers() == [])
+        assert "our certificate refused: revoked" in await refused(guest, host)
+        assert await friend.request(host.peer_id, status()) == Ack()
+        assert not kept.is_closed
+        said = [r.message for r in caplog.records if r.name.endswith("revocation")]
+        assert said == ["Revocation lists read again", "Hung up on a revoked peer"]
+
+
+async def test_lists_that_cannot_be_used_leave_the_old_ones_in_force_and_are_named_once(
+    pki, with_lists, caplog, monkeypatch
+):
+    listener, leaver, serial, crls = with_lists
+    said, looks = "hypha.network.revocation", []
+    look = revocation._stamps
+    monkeypatch.setattr(revocation, "_stamps", lambda paths: looks.append(paths) or look(paths))
+    async with running(listener) as host, running(leaver, "scheduler") as guest:
+        answering(host)
+        pki.crls(crls, {serial: datetime.now(UTC)}, number=2)
+        await until(lambda: listener.is_revoked(leaver._me))
+        crls.write_text("half a list")
+        await until(lambda: any(r.name == said and r.levelno == logging.ERROR for r in caplog.records))
+        assert "our certificate refused: revoked" in await refused(guest, host)
+        seen = len(looks)
+        await until(lambda: len(looks) >= seen + 3)
+        (complaint,) = [r.message for r in caplog.records if r.name == said]
+        assert str(crls) in complaint
+        pki.crls(crls, {}, number=3)
+        await until(lambda: not listener.is_revoked(leaver._me))
+        introduce(guest, host)
+        assert await guest.request(host.peer_id, status()) == Ack()
+
+
+async def test_lists_are_read_again_when_asked(pki, with_lists, monkeypatch):
+    monkeypatch.setattr(revocation, "POLL_S", 3600.0)
+    listener, leaver, serial, crls = with_lists
     async with running(listener) as host, running(leaver, "scheduler") as guest:
         answering(host)
         introduce(guest, host)
         assert await guest.request(host.peer_id, status()) == Ack()
-        pki.crls(crls, {revoked.certificate.serial_number: datetime.now(UTC)}, number=2)
+        pki.crls(crls, {serial: datetime.now(UTC)}, number=2)
         assert await host.reload_crls()
         await until(lambda: guest.connected_peers() == [])
-        assert "our certificate refused: revoked" in await refused(guest, host)
+        assert not await host.reload_crls()
 
 
 async def test_another_key_at_the_right_address_is_not_the_peer(nodes):
