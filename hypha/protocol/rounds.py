@@ -154,10 +154,6 @@ class RoundBook:
             self.followers.add(member)
             self._bump()
 
-    def is_awaited(self, member: Member) -> bool:
-        """Whether this journaled lease is still being tried."""
-        return member in self._awaited
-
     def lease_adopted(self, member: Member) -> None:
         """A worker of the previous incarnation still answers: it is counted at once, and rebases if it must."""
         self._awaited.discard(member)
@@ -309,6 +305,8 @@ class RoundBook:
     def _blocked(self) -> str | None:
         if self.final:
             return f"all {self.terms.updates} rounds are committed"
+        if self._awaited:
+            return f"round {self.round}: {len(self._awaited)} leases of the last run are still being tried"
         if self.uncommitted is not None:
             return f"round {self.uncommitted.round} is not committed yet"
         if not self.servers:

@@ -90,7 +90,7 @@ class Answers:
 
     def _worker(self, peer: Peer, lease_id: str, fence: int) -> LeasedWorker:
         worker = self._job.pool.by_lease(lease_id)
-        if worker is None and self._job.book.is_awaited(Member(peer_id=peer.peer_id, fence=fence, lease_id=lease_id)):
+        if worker is None and Member(peer_id=peer.peer_id, fence=fence, lease_id=lease_id) in self._job.trying:
             raise Refused(f"lease {lease_id} is being adopted", "retry")
         if worker is None or (worker.member.peer_id, worker.member.fence) != (peer.peer_id, fence):
             raise Refused(f"lease {lease_id} (fence {fence}) of {peer.peer_id} is not held here")

@@ -183,6 +183,7 @@ class Crew:
 
     async def adopt(self, leases: Sequence[LeaseHeld]) -> None:
         """Try every lease that the journal has, once and all at once; what answers goes on with the job."""
+        self._job.trying.update(held.member for held in leases)
         async with trio.open_nursery() as nursery:
             for held in leases:
                 nursery.start_soon(self._adopt, held)
@@ -190,6 +191,7 @@ class Crew:
     async def _adopt(self, held: LeaseHeld) -> None:
         member = held.member
         reason = await self._try(held)
+        self._job.trying.discard(member)
         if reason is not None:
             log.info("Worker not adopted", worker=member.peer_id, lease_id=member.lease_id, reason=reason)
             self._job.ended(member)

@@ -145,7 +145,7 @@ class Scheduler:
             table=await runtime.run_blocking(store.table, remembered),
             now=runtime.now(),
             excluded=remembered.excluded,
-            awaited=(held.member for held in remembered.leases),
+            awaited=(held.member for held in remembered.leases if held.work == "train"),
         )
         coordinator = self._coordinator(book, store, pool, epoch)
         coordinator.exclude(book.orphans())
