@@ -171,21 +171,22 @@ class Jobs:
         log.info("Job started", job_id=job.job_id, lease_id=lease.lease_id, work=job.work, executor=executor.name)
         metrics.ACTIVE_JOBS.add(1, work=job.work)
         started = self._runtime.now()
+        outcome: Outcome | None = None
         try:
             with running.scope:
                 outcome = await self._supervise(running, executor, directory)
             if running.scope.cancelled_caught:
                 outcome = Outcome(finished=False, reason=running.killed or "cancelled")
-        except trio.Cancelled:
-            await self._take_leave(running)
-            raise
         finally:
+            if outcome is None:  # cancelled from outside, with everything that runs here
+                await self._take_leave(running)
             with trio.CancelScope(shield=True):
                 await self._runtime.run_blocking(remove_tree, directory)
             running.session.end()
             self._running.pop(lease.lease_id, None)
             self._ledger.confirm_gone(lease.lease_id, now=self._runtime.now())
             metrics.ACTIVE_JOBS.add(-1, work=job.work)
+        assert outcome is not None, "a cancellation from outside does not come here"
         status = "success" if outcome.finished else "failure"
         metrics.JOB_DURATION.record(self._runtime.now() - started, work=job.work, status=status)
         await self._tell(running, outcome)

@@ -182,9 +182,16 @@ class Heard(list[Any]):
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
+        self._any = trio.Event()
+
+    async def first(self) -> Any:
+        """The first message, waited for."""
+        await self._any.wait()
+        return self[0]
 
     async def __call__(self, _peer: Any, message: Any) -> Any:
         self.append(message)
+        self._any.set()
         made = self.answer(message) if callable(self.answer) else self.answer
         if isinstance(made, BaseException):
             raise made
