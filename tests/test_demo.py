@@ -1,7 +1,9 @@
 """The demo without its network: what log lines add up to, what is written, how its processes live and die."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,11 +13,13 @@ import msgspec
 import psutil
 import pytest
 import trio
+from rich.console import Console
 
 from hypha import demo
 from hypha.config import load_config
 from hypha.data_node import Config as DataConfig
 from hypha.demo import commands, corpus, guardian, plot, report
+from hypha.demo.display import display, picture
 from hypha.demo.loglines import LogFile, LogLine, parse
 from hypha.demo.nodes import Cast, free_port, write_configs
 from hypha.demo.performance import environment_for_nodes
@@ -125,6 +129,27 @@ def test_a_failed_job_of_the_scheduler_is_the_failure_a_workers_is_not():
     assert progress.failure == "1 of 2 workers"
 
 
+# --- the display ---
+
+
+def test_a_terminal_shows_the_newest_numbers_and_who_does_what(finished):
+    screen = Console(file=io.StringIO(), width=100)
+    screen.print(picture(finished, 41.2))
+    shown = screen.file.getvalue()
+    assert "round 2/2   held-out loss 2.400   160 samples/s   2 leases   0 errors   41 s" in shown
+    assert re.search(r"worker-3 +serves parameters", shown)
+
+
+def test_elsewhere_sentences_are_lines(capsys):
+    with display(to_stderr=True) as shown:
+        shown.show(Progress())
+        shown.say(
+            "one [bold]sentence[/bold] that is longer than eighty characters and yet stays on one line, as it must"
+        )
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), "[bold]" in err) == ("", 1, True)
+
+
 # --- log files ---
 
 
@@ -169,7 +194,7 @@ def test_the_last_worker_serves_parameters_and_the_others_train(tmp_path):
     kinds = [load_config(WorkerConfig, tmp_path / f"{name}.toml", {}).executors[0].work for name in CAST.worker_names]
     assert kinds == ["train", "train", "aggregate"]
     job = load_config(SchedulerConfig, tmp_path / "scheduler.toml", {}).scheduler.job
-    assert (job.resources.workers, job.rounds.updates, job.rounds.samples_between_updates) == (2, 10, 640)
+    assert (job.resources.workers, job.rounds.updates, job.rounds.samples_between_updates) == (2, 10, 512)
 
 
 def test_the_commands_are_a_script_that_the_shell_can_parse(tmp_path):

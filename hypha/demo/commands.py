@@ -115,7 +115,7 @@ def write_script(directory: Path, cast: Cast, corpus: Corpus) -> None:
         programs=shlex.quote(str(programs())),
         certificates=_lines([*authorities(), *certificates(cast)], indent="    "),
         dataset=_lines([dataset(corpus)], indent="    "),
-        nodes="\n".join(f"{each} 2>> logs/{each.name}.log &" for each in nodes),
+        nodes="\n".join(f'{each} 2>> logs/{each.name}.log & nodes="$nodes $!"' for each in nodes),
         scheduler=node(SCHEDULER, "scheduler"),
     )
     (directory / SCRIPT_NAME).write_text(text)
@@ -139,8 +139,9 @@ def _lines(commands: Iterable[Command], *, indent: str) -> str:
 
 _SCRIPT = """\
 #!/bin/sh
-# What `hypha demo` ran, in this order. `sh commands.sh` runs it again in this directory: another job over the
-# certificates and the dataset that are here. Or give each node a terminal of its own, without the `2>> …  &`.
+# What `hypha demo` ran, in this order. Every line can be given by hand, each node in a terminal of its own and without
+# what follows `2>>`. `sh commands.sh` runs all of it with the certificates and the dataset that are here; as long as
+# state/ is there, too, the scheduler finds its job done.
 set -eu
 cd "$(dirname "$0")"
 PATH={programs}:"$PATH"
@@ -156,7 +157,9 @@ if [ ! -d dataset ]; then
 fi
 
 # The network: all but the gateway know the gateway's address only.
-trap 'kill $(jobs -p) 2> /dev/null; wait' EXIT
+nodes=
+trap 'kill $nodes; wait' EXIT
+trap 'exit 130' INT TERM
 {nodes}
 
 # The scheduler leases workers, runs the job, and ends with it.

@@ -1,8 +1,10 @@
 """How the demo shows itself: a live picture in a terminal, plain lines anywhere else.
 
-━━━━━━━━━━━━━━━━━━━━╺━━━━━━━━━━  round 7/10   held-out 2.61   1210 samples/s   0:00:41
-  gateway     is where the others meet
-  worker-1    trains                       …   last lines said above it
+   41.2 s  round 7/10: training loss 2.310, 512 samples of 2 workers, 160 a second
+━━━━━━━━━━━━━━━━━━━━━━━━━━━━╺━━━━━━━━━━━
+round 7/10   held-out loss 2.226   160 samples/s   3 leases   0 errors   41 s
+gateway   is where the others meet
+worker-1  trains                                                        …
 """
 
 import time
@@ -18,7 +20,7 @@ from rich.text import Text
 from hypha.demo.progress import Progress
 
 REFRESHES_PER_S = 4
-BAR_COLUMNS = 40
+BAR_COLUMNS = 60
 
 
 class Display:
@@ -46,7 +48,6 @@ class Display:
 
 def picture(progress: Progress, seconds: float) -> RenderableType:
     """Return the bar with the newest numbers, and who does what."""
-    head = Table.grid(padding=(0, 2))
     bar = ProgressBar(total=max(1, progress.rounds_wanted), completed=progress.last_round, width=BAR_COLUMNS)
     loss = progress.latest_loss()
     numbers = [f"round {progress.last_round}/{progress.rounds_wanted or '?'}"]
@@ -54,11 +55,10 @@ def picture(progress: Progress, seconds: float) -> RenderableType:
     if progress.rounds:
         numbers.append(f"{progress.rounds[-1].samples_per_s:.0f} samples/s")
     numbers += [f"{len(progress.leases)} leases", f"{progress.errors} errors", f"{seconds:.0f} s"]
-    head.add_row(bar, "   ".join(numbers))
     cast = Table.grid(padding=(0, 2))
     for name, doing in progress.doing.items():
         cast.add_row(Text(name, style="bold"), Text(doing))
-    return Group(head, cast)
+    return Group(bar, Text("   ".join(numbers)), cast)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ DATASET = "demo-text"
 SEQUENCE_LENGTH = 128
 BATCH_SAMPLES = 16
 # Inner steps of each worker between two outer ones.
-STEPS_PER_ROUND = 20
+STEPS_PER_ROUND = 16
 WARMUP_STEPS = 10
 PEAK_LEARNING_RATE = 3e-3
 # Short, so that a worker that dies is missed for seconds, not for half a minute; two busy cores renew in time.

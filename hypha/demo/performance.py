@@ -141,12 +141,14 @@ class Performance:
             finished, failed = self._progress.finished is not None, self._progress.failure is not None
             return (code == EXIT_DONE and finished) or (code == EXIT_FAILED and failed)
 
-        async def note_leasing() -> None:
+        async def note_phases() -> None:
+            await self._until(lambda: len(self._progress.leases) >= self._cast.workers)
+            leased = time.monotonic()
             await self._until(lambda: self._progress.opened)
-            self._phases["leasing"] = time.monotonic() - began
+            self._phases |= {"leasing": leased - began, "executors start": time.monotonic() - leased}
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(note_leasing)
+            nursery.start_soon(note_phases)
             await self._attend(running, SCHEDULER, is_end)
             nursery.cancel_scope.cancel()
         if self._progress.failure is not None:

@@ -92,7 +92,7 @@ class Progress(Struct):
     def _count(self, line: LogLine) -> None:
         failed = line.level == "error" or line.message == "Job failed"
         if failed or line.message.startswith(TRACEBACK) or TRACEBACK in line.text("stack"):
-            reason = line.text("reason")
+            reason = line.text("reason") or line.text("exception")
             self._error(f"{line.source}: {line.message}" + (f" ({reason})" if reason else ""))
 
     def _error(self, said: str) -> None:

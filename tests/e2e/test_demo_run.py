@@ -47,7 +47,7 @@ def test_a_run_leaves_what_it_promises_and_no_process(demo_run):
         "loss.png",
     }
     assert json.loads((demo_run.directory / "report.json").read_bytes())["phases"].keys() >= {
-        *("setup", "certificates", "dataset", "network start", "leasing"),
+        *("setup", "certificates", "dataset", "network start", "leasing", "executors start"),
         *("training", "merging", "committing", "export"),
     }
     assert inhabitants(demo_run.directory) == []
@@ -56,6 +56,14 @@ def test_a_run_leaves_what_it_promises_and_no_process(demo_run):
 def test_the_model_is_one_that_transformers_loads(demo_run):
     code, output = run(["python", "-c", LOADS, demo_run.summary["model_dir"]], demo_run.directory)
     assert (code, output.splitlines()[-1]) == (0, "(1, 2, 256)"), output
+
+
+def test_the_same_commands_can_be_given_by_hand(demo_run):
+    code, output = run(["sh", "commands.sh"], demo_run.directory)
+    assert (code, '"message": "Job finished"' in output, "model_dir" in output.splitlines()[-1]) == (0, True, True), (
+        output
+    )
+    assert inhabitants(demo_run.directory) == []
 
 
 # --- one outer round is one trace ---
