@@ -12,6 +12,7 @@ import tomli
 
 from hypha.config import load_config
 from hypha.dataset import faults_of as faults_of_dataset
+from hypha.protocol.bridge import BaseReady
 from hypha.telemetry import metrics
 from scripts import reference
 from scripts.reference_commands import APPS, command_names, helps
@@ -161,11 +162,27 @@ def test_the_documents_speak_of_the_product_only():
     assert [f"{name_of(path)}: {match[0]}" for path in PAGES if (match := told.search(path.read_text()))] == []
 
 
+class Strict(Job):
+    """As in a network: who has not said that it stands on the round's base is a follower, not a member."""
+
+    def members(self):
+        return [machine for machine in self.workers if self.stands(machine)]
+
+    def stands(self, machine):
+        return any(isinstance(report, BaseReady) and report.round == self.round for report in machine.reports)
+
+    def report(self, machine, report):
+        answer = super().report(machine, report)
+        if isinstance(report, BaseReady):
+            self.show_view(final=self.round > self.spec.rounds.updates)
+        return answer
+
+
 def test_the_example_executor_takes_part_in_a_job(tmp_path):
     (source,) = blocks(ROOT / "docs" / "how-to" / "own-executors.md", "python")
     program = tmp_path / "shrink.py"
     program.write_text(source)
-    with Job(tmp_path, workers=1, sync_after=2) as job:
+    with Strict(tmp_path, workers=1, sync_after=2) as job:
         server = start_server(job)
         machine = job.workers[0]
         command = [sys.executable, program, machine.socket, machine.dir]
