@@ -44,8 +44,16 @@ SITUATIONS = {
     "Provider failed": "provider failed",
     "No samples": "samples refused",
     "Job not taken": "job not taken",
+    "Worker adopted": "lease adopted",
+    "Worker not adopted": "lease not adopted",
+    "State not fetched yet": "state not fetched at first",
+    "Outer update not taken": "outer update not taken",
+    "Checkpoint unusable, an older one is tried": "older checkpoint tried",
 }
 NOTED = (
+    ("that the quorum asks", "below the quorum at the deadline"),
+    ("are not a step", "only empty contributions"),
+    ("Too few workers", "too few workers"),
     ("back to round", "went back to a kept round"),
     ("told to rebase", "rebase"),
     ("sent again", "update sent again"),
@@ -64,6 +72,7 @@ class Chronicle(logging.Handler):
         self.said: Counter[str] = Counter()
         self.noted: Counter[str] = Counter()
         self.bugs: list[str] = []
+        self.warnings: list[str] = []
         self._root = root
         self._watchers: list[Callable[[], None]] = []
 
@@ -79,9 +88,6 @@ class Chronicle(logging.Handler):
 
     def note(self, name: str, what: str) -> None:
         """Put down what a node did, or what was done to it."""
-        for words, situation in NOTED:
-            if words in what:
-                self.noted[situation] += 1
         self._put(f"{trio.current_time():.6f} {name} {what}")
 
     def struck(self, kind: str, name: str, what: str) -> None:
@@ -95,6 +101,8 @@ class Chronicle(logging.Handler):
         said = f"{record.levelname} {record.name.removeprefix('hypha.')}: {record.getMessage()} {fields}"
         said = said.replace(self._root, "~").replace("\n", " | ")
         self.said[record.msg] += 1
+        if record.levelno >= logging.WARNING:
+            self.warnings.append(said)
         if record.exc_info and record.exc_info[1] is not None:
             said += f" !! {type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
             self.bugs.append(said)
@@ -106,6 +114,9 @@ class Chronicle(logging.Handler):
 
     def _put(self, line: str) -> None:
         self.lines.append(line)
+        for words, situation in NOTED:
+            if words in line:
+                self.noted[situation] += 1
         for watcher in self._watchers:
             watcher()
 

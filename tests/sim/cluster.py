@@ -1,9 +1,7 @@
 """A whole cluster in one process and in virtual time: it starts, runs a job, has faults, heals and is looked over.
 
-    async with Cluster(scenario, root).running() as cluster:      or:  report = simulate(scenario)
-        cluster.crash("worker-2", at=3.0, for_s=5.0)
-        cluster.partition("worker-1", "scheduler", at=4.0, for_s=12.0)
-        await cluster.finish()
+    Scenario(faults=(Fault(at_s=3.0, kind="crash-worker-2", for_s=5.0), Fault(…)))   drawn from a seed, or written down
+        └─▶ simulate(scenario, root) ─▶ Report: the event log, what struck, what was reached, what was broken
 
 Everything that happens is in `chronicle`; after every line of it the invariants are checked.
 """
@@ -58,7 +56,7 @@ class Cluster:
         self._build()
         self.invariants = Invariants(self)
         self.fabric.on_event(self.chronicle.network)
-        self.fabric.on_answer(self.invariants.answered)
+        self.fabric.on_answer(self._answered)
         self.chronicle.watch(self._check)
 
     # --- building -------------------------------------------------------------------------------------------------
@@ -202,6 +200,12 @@ class Cluster:
         except Broken as broken:
             self._break(broken.invariant, broken.how)
 
+    def _answered(self, asker: str, answerer: str, request: bytes, reply: bytes) -> None:
+        try:
+            self.invariants.answered(asker, answerer, request, reply)
+        except Broken as broken:
+            self._break(broken.invariant, broken.how)
+
     def _break(self, invariant: str, how: str) -> None:
         if self.broken is None:
             self.broken = Broken(invariant, how)
@@ -257,7 +261,8 @@ class Cluster:
             case "spare":
                 return list(self.working(None))
             case _:
-                return [each for each in self.machines.values() if each.role == target and each.is_up]
+                named = [each for each in self.machines.values() if target in (each.role, each.name)]
+                return [each for each in named if each.is_up]
 
     async def crash(self, name: str, target: str, for_s: float, *, silent: bool = False) -> None:
         """Let a machine go down without warning, and start again after a while."""

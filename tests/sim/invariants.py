@@ -17,8 +17,20 @@ from hypha.protocol import manifest
 from hypha.protocol.codec import decode
 from hypha.protocol.lease import LIVING, State
 from hypha.protocol.manifest import RoundCommitted
-from hypha.protocol.messages import Ack, Committed, Member, RenewLease, RoundView
+from hypha.protocol.messages import (
+    Ack,
+    CloseRound,
+    Committed,
+    Member,
+    Merged,
+    Message,
+    RenewLease,
+    RoundView,
+    SliceGrant,
+    SliceRequest,
+)
 from hypha.scheduler.coordinator import Coordinator
+from hypha.store.blobs import Artifact
 from hypha.store.chain import Chain
 from tests.sim.reference import Reference
 
@@ -53,6 +65,7 @@ class Invariants:
         self._dead_since: dict[str, float] = {}
         self._heard: dict[str, float] = {}
         self._committed: dict[int, str] = {}
+        self._merged: dict[int, str] = {}
         self._seen_view: dict[str, tuple[int, int]] = {}
         self._situations: Counter[str] = Counter()
 
@@ -123,9 +136,11 @@ class Invariants:
 
     def _check_chain(self, coordinator: Coordinator) -> None:
         told = self._cluster.chronicle.said["Round committed"]
-        if told == self._rounds_told:
-            return
-        self._rounds_told = told
+        if told != self._rounds_told:
+            self._rounds_told = told
+            self._read_on(coordinator)
+
+    def _read_on(self, coordinator: Coordinator) -> None:
         for link in self._chain.refresh():
             entry = manifest.from_bytes(link.payload)
             if isinstance(entry, RoundCommitted):
@@ -157,6 +172,10 @@ class Invariants:
             self._heard[message.lease_id] = self._cluster.machines[answerer].runtime.now()
         elif isinstance(message, Committed):
             self._look_at_commit(message)
+        elif isinstance(message, CloseRound):
+            self._look_at_merge(message, decode(reply))
+        elif isinstance(message, SliceRequest):
+            self._look_at_grant(decode(reply))
         elif isinstance(message, RoundView) and isinstance(decode(reply), Ack):
             self._look_at_view(answerer, message)
 
@@ -164,6 +183,18 @@ class Invariants:
         known = self._committed.setdefault(message.round, message.digest)
         if known != message.digest:
             raise Broken("L5 one successor of each step", f"round {message.round} was committed twice, differently")
+
+    def _look_at_merge(self, request: CloseRound, answer: Message) -> None:
+        if isinstance(answer, Merged):
+            known = self._merged.setdefault(request.close, answer.model_digest)
+            if known != answer.model_digest:
+                raise Broken(
+                    "L5 the same close, the same merge", f"close {request.close} was merged twice, differently"
+                )
+
+    def _look_at_grant(self, answer: Message) -> None:
+        if isinstance(answer, SliceGrant) and (twice := self._reference.used_of(answer.interval)):
+            raise Broken("L6 a used sample is not granted", f"{twice[:4]} of epoch {answer.interval.epoch} again")
 
     def _look_at_view(self, answerer: str, view: RoundView) -> None:
         for executor in self._cluster.executors(answerer):
@@ -183,12 +214,21 @@ class Invariants:
 
     def _look_over(self) -> None:
         scenario, reference = self._cluster.scenario, self._reference
-        if reference.round != scenario.rounds:
-            raise Broken("the job finishes", f"{reference.round} of {scenario.rounds} rounds are in the chain")
         coordinator = self._cluster.scheduler.scheduler.coordinator  # type: ignore[union-attr]
         assert coordinator is not None
+        self._read_on(coordinator)
+        if reference.round != scenario.rounds:
+            raise Broken("the job finishes", f"{reference.round} of {scenario.rounds} rounds are in the chain")
+        if scenario.flavour == "calm" and self._cluster.chronicle.warnings:
+            raise Broken("a calm run has no warnings", self._cluster.chronicle.warnings[0])
+        final = Artifact(kind="model", round=reference.round, digest=reference.model_digest)
+        if final.name not in self._cluster.scheduler.objects.names("model"):
+            raise Broken("the final model is stored", f"{final.name} is not there")
         if coordinator.book.samples != reference.samples:
             raise Broken("L6 samples", f"{coordinator.book.samples} counted, {reference.samples} in the chain")
+        self._look_over_workers()
+
+    def _look_over_workers(self) -> None:
         for machine in self._cluster.workers:
             if machine.left_behind():
                 raise Broken("nothing is left behind", f"{machine.name} has {machine.left_behind()}")

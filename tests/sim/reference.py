@@ -6,7 +6,7 @@ entry r ─▶ contributions: samples named ─▶ their pseudo-gradients on mod
 
 from hypha.protocol.job import OuterOptimizer
 from hypha.protocol.manifest import RoundCommitted
-from hypha.protocol.messages import Contribution
+from hypha.protocol.messages import Contribution, Interval
 from tests.sim import dataset, weights
 
 
@@ -51,6 +51,10 @@ class Reference:
             if weights.digest(vector) != found:
                 faults.append(f"the {part} of round {merged.round} is not what its contributions make")
         return faults
+
+    def used_of(self, interval: Interval) -> list[int]:
+        """The samples of an interval that a committed round has used already in that epoch."""
+        return sorted(self._used.get(interval.epoch, set()) & set(dataset.samples_of(self._sizes, interval)))
 
     def _ordered(self, contributions: tuple[Contribution, ...]) -> list[Contribution]:
         return sorted(contributions, key=lambda c: (c.peer_id, c.fence))

@@ -11,7 +11,7 @@ from msgspec import Struct
 from hypha.network.memory_faults import FaultProfile
 
 CALM = FaultProfile(latency_s=0.005, jitter_s=0.01, break_after_s=4.0, dht_record_s=20.0)
-FLAVOURS = ("calm", "lossy", "deaths", "partitions", "pauses", "everything")
+FLAVOURS = ("calm", "lossy", "deaths", "partitions", "pauses", "recoveries", "everything")
 # Of the in-memory network, when it is bad: about one message in thirty is lost, late or doubled.
 LOSSY = FaultProfile(
     latency_s=0.01,
@@ -29,14 +29,14 @@ LOSSY = FaultProfile(
 )
 CLOCK_DRIFT = 0.05
 # A job without faults takes about so long: the faults fall into it.
-BUSY_S = 25.0
+BUSY_S = 14.0
 
 
 class Fault(Struct, frozen=True, kw_only=True):
     """At `at_s` something happens, to one of those whom `kind` is about, chosen by `pick`, and ends after `for_s`.
 
     crash-…, silent-… (nobody learns of it), pause-…, cut-… (from the scheduler), oneway-…, exit-…, stall-…, and a
-    target: trainer, server (of parameters), spare, data, gateway, scheduler.
+    target: trainer, server (of parameters), spare, data, gateway, scheduler, or the name of a machine.
     """
 
     at_s: float
@@ -90,17 +90,17 @@ def draw(seed: int) -> Scenario:
         flavour=flavour,
         trainers=trainers,
         spares=chance.randint(1, 2),
-        rounds=chance.randint(3, 5),
-        samples=chance.choice((24, 48, 64)),
+        rounds=chance.randint(4, 7),
+        samples=chance.choice((32, 64, 96)),
         slices=tuple(chance.randint(10, 50) for _ in range(chance.randint(2, 5))),
-        quorum=1,
+        quorum=min(trainers, chance.choice((1, 1, 2))),
         deadline_s=chance.choice((10.0, 20.0)),
         ttl_s=chance.choice((5.0, 8.0)),
         evaluate_every=chance.choice((0, 1, 2)),
         checkpoint_every=chance.choice((1, 2, 3)),
         blocking_s=chance.choice((0.0, 0.002)),
         rates=tuple(chance.uniform(1 - CLOCK_DRIFT, 1 + CLOCK_DRIFT) for _ in range(12)) if flavour != "calm" else (),
-        paces=tuple(chance.choice((0.1, 0.25, 0.25, 0.6)) for _ in range(8)),
+        paces=tuple(chance.choice((0.15, 0.3, 0.3, 0.7)) for _ in range(8)),
         profile=LOSSY if flavour == "lossy" or (everything and chance.random() < 0.7) else CALM,
         faults=_faults(flavour, chance),
     )
@@ -117,7 +117,14 @@ DEATHS = (
 )
 CUTS = ("cut-trainer", "oneway-trainer", "cut-server", "cut-data")
 PAUSES = ("pause-trainer", "pause-server", "pause-scheduler", "pause-data")
-KINDS = {"deaths": DEATHS, "partitions": CUTS, "pauses": PAUSES, "everything": DEATHS + CUTS + PAUSES}
+RECOVERIES = ("crash-server", "silent-server", "exit-server", "stall-server", "crash-scheduler", "silent-scheduler")
+KINDS = {
+    "deaths": DEATHS,
+    "partitions": CUTS,
+    "pauses": PAUSES,
+    "recoveries": RECOVERIES,
+    "everything": DEATHS + CUTS + PAUSES + RECOVERIES,
+}
 
 
 def _faults(flavour: str, chance: random.Random) -> tuple[Fault, ...]:
@@ -125,7 +132,7 @@ def _faults(flavour: str, chance: random.Random) -> tuple[Fault, ...]:
     count = chance.randint(1, 4) if kinds else 0
     faults = [
         Fault(
-            at_s=round(chance.uniform(0.2, BUSY_S), 3),
+            at_s=round(chance.uniform(0.3, BUSY_S), 3),
             kind=chance.choice(kinds),
             for_s=round(chance.choice((0.5, 3.0, 8.0, 18.0)) * chance.uniform(0.8, 1.2), 3),
             pick=chance.random(),
