@@ -13,10 +13,10 @@ is the digest of its tensors (hypha.protocol.tensorfile).
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Self, cast
 
 import torch
 from msgspec import Struct
@@ -66,11 +66,11 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return array.reshape(-1).view("u1").data
 
 
-class Writer:
-    """Writes one file, elements in file order; `names` is the order of tensors. Raises StoreError naming the path."""
+class FileWriter:
+    """Writes one file, bytes in file order; `names` is the order of tensors. Raises StoreError naming the path."""
 
-    def __init__(self, path: Path, shapes: Shapes) -> None:
-        header, self._layout = layout(TensorSpec(name, "F32", shape) for name, shape in shapes.items())
+    def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
+        header, self._layout = layout(specs)
         self.path = path
         self.names = list(self._layout.tensors)
         self._size = 0
@@ -86,7 +86,7 @@ class Writer:
             self._give_up()
             raise
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> Self:
         """Nothing to do: the header is already written."""
         return self
 
@@ -99,9 +99,9 @@ class Writer:
         self._file.close()
         self._part.unlink(missing_ok=True)
 
-    def append(self, elements: torch.Tensor) -> None:
-        """Write what follows in file order: a piece or a whole tensor, any float dtype and device, stored as fp32."""
-        self._put(_bytes_of(elements))
+    def put(self, data: torch.Tensor) -> None:
+        """Write the bytes that follow in file order: U8 on the CPU."""
+        self._put(data.contiguous().numpy().data)
 
     def finish(self) -> Written:
         """Put the complete file in its place."""
@@ -123,6 +123,17 @@ class Writer:
             raise StoreError(f"{self.path}: {error.strerror}") from error
 
 
+class Writer(FileWriter):
+    """Writes one file of fp32 tensors."""
+
+    def __init__(self, path: Path, shapes: Shapes) -> None:
+        super().__init__(path, (TensorSpec(name, "F32", shape) for name, shape in shapes.items()))
+
+    def append(self, elements: torch.Tensor) -> None:
+        """Write what follows in file order: a piece or a whole tensor, any float dtype and device, stored as fp32."""
+        self._put(_bytes_of(elements))
+
+
 class Reader:
     """Reads one file of fp32 tensors, open only while it reads: a merge may have thousands of them.
 
@@ -136,10 +147,7 @@ class Reader:
 
     def pieces(self) -> Iterator[Piece]:
         """The whole file, in file order of a canonical one."""
-        for name in self.names:
-            elements = math.prod(self.layout.tensors[name].spec.shape)
-            for start in range(0, elements, PIECE_ELEMENTS):
-                yield Piece(name, start, min(start + PIECE_ELEMENTS, elements))
+        return pieces_of(self.layout.shapes())
 
     def part(self, piece: Piece) -> torch.Tensor:
         """Return some elements of a tensor, flat, fp32 on the CPU, in memory of their own."""
@@ -148,21 +156,36 @@ class Reader:
             raise RemoteProtocolError(f"{self.path.name}: tensor {piece.name!r} is missing")
         if placed.spec.dtype != "F32":
             raise RemoteProtocolError(f"{self.path.name}: tensor {piece.name!r} is {placed.spec}, expected F32")
-        tensor = torch.empty(piece.stop - piece.start, dtype=torch.float32)
+        size = torch.float32.itemsize
+        return self.raw(piece.name, piece.start * size, piece.stop * size).view(torch.float32)
+
+    def raw(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return bytes [start, stop) of a tensor that the file has, U8, in memory of their own."""
+        placed = self.layout.tensors[name]
+        assert 0 <= start <= stop <= placed.stop - placed.start, f"bytes {start} to {stop} of {placed}"
+        data = torch.empty(stop - start, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(placed.start + piece.start * tensor.itemsize)
-            rest = _bytes_of(tensor)
+            file.seek(placed.start + start)
+            rest = data.numpy().data
             while rest:
                 count = file.readinto(rest)
                 if not count:
-                    raise RemoteProtocolError(f"{self.path.name}: tensor {piece.name!r} is cut short")
+                    raise RemoteProtocolError(f"{self.path.name}: tensor {name!r} is cut short")
                 rest = rest[count:]
-        return tensor
+        return data
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, whole."""
         shape = self.layout.tensors[name].spec.shape if name in self.layout.tensors else ()
         return self.part(Piece(name, 0, math.prod(shape))).reshape(shape)
+
+
+def pieces_of(shapes: Shapes) -> Iterator[Piece]:
+    """All elements of tensors of these shapes, in file order of a canonical file."""
+    for name in sorted(shapes):
+        elements = math.prod(shapes[name])
+        for start in range(0, elements, PIECE_ELEMENTS):
+            yield Piece(name, start, min(start + PIECE_ELEMENTS, elements))
 
 
 def layout_of(path: Path) -> Layout:

@@ -1,0 +1,66 @@
+"""Coded files: updates as they travel, written and read piece by piece as the fp32 they stand for.
+
+    pieces of θ_start − θ_end ─▶ CodedWriter ─▶ file ─▶ CodedReader ─▶ pieces, as the sender's `append` returned them
+
+With codec `none` these are the files of hypha.training.tensors, to the last bit. A reader believes nothing: the header
+must be the one that follows from codec and shapes before anything is read, and every decoded piece is checked.
+"""
+
+from pathlib import Path
+
+import torch
+
+from hypha.errors import RemoteProtocolError
+from hypha.protocol.compression import CHUNK_ELEMENTS, Coding
+from hypha.training import codecs
+from hypha.training.tensors import PIECE_ELEMENTS, FileWriter, Piece, Reader, Shapes, is_finite, pieces_of
+
+assert PIECE_ELEMENTS % CHUNK_ELEMENTS == 0, "a piece is whole rows, except a tensor's last"
+
+
+class CodedWriter(FileWriter):
+    """Writes one coded file, pieces in file order."""
+
+    def __init__(self, path: Path, shapes: Shapes, coding: Coding, generator: torch.Generator | None = None) -> None:
+        super().__init__(path, (coding.spec(name, tuple(shape)) for name, shape in shapes.items()))
+        self._coding, self._generator = coding, generator
+
+    def append(self, elements: torch.Tensor) -> torch.Tensor:
+        """Write the next piece, and return what readers will find. Raises RemoteProtocolError: it cannot be coded."""
+        data = codecs.encode(elements, self._coding, self._generator)
+        self.put(data)
+        return codecs.decode(data, elements.numel(), self._coding)
+
+
+class CodedReader:
+    """Reads one coded file of a model's shapes. Raises RemoteProtocolError naming the file and the fault."""
+
+    def __init__(self, path: Path, shapes: Shapes, coding: Coding) -> None:
+        self._file, self._shapes, self._coding = Reader(path), shapes, coding
+        fault = coding.mismatch(self._file.layout, shapes)
+        if fault is not None:
+            raise RemoteProtocolError(f"{path.name}: {fault}")
+
+    def part(self, piece: Piece) -> torch.Tensor:
+        """Return some elements of a tensor, flat, fp32: from the beginning of a row, to a row's or the tensor's end."""
+        start, count = self._coding.bytes_of(piece.start), piece.stop - piece.start
+        data = self._file.raw(self._coding.name(piece.name), start, start + self._coding.bytes_of(count))
+        try:
+            return codecs.decode(data, count, self._coding)
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(f"{self._file.path.name}: tensor {piece.name!r}: {error}") from error
+
+    def check(self) -> None:
+        """Read everything once. Raises RemoteProtocolError: something does not decode, or not to finite numbers."""
+        for piece in pieces_of(self._shapes):
+            if not is_finite(self.part(piece)):
+                raise RemoteProtocolError(f"{self._file.path.name}: tensor {piece.name!r} is not finite")
+
+
+def screen(path: Path, shapes: Shapes, coding: Coding) -> str | None:
+    """Say why a coded pseudo-gradient must not be merged; None if it may. Holds one piece at a time."""
+    try:
+        CodedReader(path, shapes, coding).check()
+    except RemoteProtocolError as error:
+        return str(error)
+    return None
