@@ -131,11 +131,12 @@ def _comments(role: str) -> dict[str, str]:
     section, above, shared = "", [], ""
     for line in path.read_text().splitlines():
         if match := _HEADING.match(line):
-            found[match[1]] = match[2] or " ".join(above)
+            found[match[1]] = found.get(match[1]) or match[2] or " ".join(above)
             section, above, shared = f"{match[1]}.", [], ""
         elif (match := _KEY.match(line)) and section + match[1] in known:
             shared = " ".join(above) or shared
-            found[section + match[1]] = match[2] or shared
+            # A table that comes several times is documented once.
+            found[section + match[1]] = found.get(section + match[1]) or match[2] or shared
             above = []
         elif line.startswith("# ") and not line.startswith("# ---"):
             above, shared = [*above, line[2:]], ""
