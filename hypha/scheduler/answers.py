@@ -108,7 +108,8 @@ class Answers:
 
     async def _slice_request(self, peer: Peer, message: SliceRequest) -> SliceGrant | NoMore:
         job = self._job
-        if message.job_epoch < job.book.job_epoch and job.pool.by_lease(message.lease_id) is not None:
+        self._worker(peer, message.lease_id, message.fence)
+        if message.job_epoch < job.book.job_epoch:
             raise Refused(f"job epoch {job.book.job_epoch} has begun: its view is on its way", "retry")
         member = self._counted(peer, message, TRAINING)
         if member not in job.book.members:

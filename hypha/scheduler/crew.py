@@ -76,7 +76,7 @@ class Crew:
             reason = await self._hire(asks)
             if not self._missing():
                 continue
-            reason = f"{reason or 'one was lost at once'} ({self._workers_connected()} workers connected)"
+            reason = f"{reason or 'one was lost at once'}; workers connected: {self._workers_connected()}"
             self._started = self._started or self._can_start()
             if not self._started and self._runtime.now() >= deadline:
                 raise JobFailed(f"the job found too few workers in {self._resources.find_s:g} s: {reason}")
