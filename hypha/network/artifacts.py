@@ -30,8 +30,8 @@ async def fetch_artifact(
     try:
         return await _fetch(network, peer_id, wanted, path, runtime=runtime, patience_s=patience_s)
     except RemoteProtocolError as error:
-        if not isinstance(error, Refused):
-            # Also what an earlier transfer left: going on after wrong bytes never leads to the right ones.
+        if not isinstance(error, Refused) or error.code == "malformed":
+            # Also what an earlier transfer left: going on after wrong bytes, or too many, never leads to the right ones.
             partial_path(path).unlink(missing_ok=True)
         raise
 
