@@ -58,7 +58,9 @@ def picture(progress: Progress, seconds: float) -> RenderableType:
     cast = Table.grid(padding=(0, 2))
     for name, doing in progress.doing.items():
         cast.add_row(Text(name, style="bold"), Text(doing))
-    return Group(bar, Text("   ".join(numbers)), cast)
+    line = Table.grid()
+    line.add_row(bar)  # a bar by itself does not end its line
+    return Group(line, Text("   ".join(numbers)), cast)
 
 
 @contextmanager
