@@ -31,7 +31,7 @@ async def fetch_artifact(
         return await _fetch(network, peer_id, wanted, path, runtime=runtime, patience_s=patience_s)
     except RemoteProtocolError as error:
         if not isinstance(error, Refused) or error.code == "malformed":
-            # Also what an earlier transfer left: going on after wrong bytes, or too many, never leads to the right ones.
+            # Also what an earlier transfer left: going on after wrong or too many bytes never leads to the right ones.
             partial_path(path).unlink(missing_ok=True)
         raise
 
