@@ -138,7 +138,7 @@ class Committer:
             except Deposed:
                 raise
             except StoreError as error:
-                self._standing.note("store", f"the job's store cannot be written: {error}")
+                self._standing.note("store", "The job's store cannot be written", str(error))
                 await backoff.wait()
             else:
                 if self._standing.clear("store"):

@@ -50,7 +50,7 @@ class Scribe:
             try:
                 await self._runtime.run_blocking(self._store.note, *records)
             except StoreError as error:
-                self._standing.note(SUBJECT, f"the journal cannot be written: {error}")
+                self._standing.note(SUBJECT, "The journal cannot be written", str(error))
                 raise
         if self._standing.clear(SUBJECT):
             log.info("The journal can be written again")

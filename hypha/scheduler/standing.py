@@ -16,10 +16,13 @@ class Standing:
         self._reasons: dict[str, str] = {}
         self._said = ChangeLogger(log)
 
-    def note(self, subject: str, reason: str, **fields: object) -> None:
-        """Something waits, and why."""
-        self._reasons[subject] = reason
-        self._said.log_when_changed(subject, reason, **fields)
+    def note(self, subject: str, what: str, detail: str = "") -> None:
+        """Something waits, and why; a `detail` that differs each time is no news."""
+        self._reasons[subject] = f"{what}: {detail}" if detail else what
+        if detail:
+            self._said.log_when_changed(subject, what, reason=detail)
+        else:
+            self._said.log_when_changed(subject, what)
 
     def clear(self, subject: str) -> bool:
         """It waits no longer; returns whether it did."""

@@ -224,13 +224,13 @@ def test_a_commit_and_the_journal_wait_for_a_full_disk_and_say_so_once(stage):
         await stage.said("Round opened", "round=2")
         disk = stage.scheduler.disk
         disk.capacity_bytes = disk.used_bytes()
-        await stage.said("the job's store cannot be written")
-        await stage.said("the journal cannot be written")
+        await stage.said("The job's store cannot be written")
+        await stage.said("The journal cannot be written")
         await trio.sleep(20.0)
         assert stage.rounds() == []
-        assert "the job's store cannot be written" in (await stage.health()).detail["waiting"]
-        assert len(stage.lines("the journal cannot be written")) == 1
-        assert len(stage.lines("the job's store cannot be written")) == 1
+        assert "The job's store cannot be written" in (await stage.health()).detail["waiting"]
+        assert len(stage.lines("The journal cannot be written")) == 1
+        assert len(stage.lines("The job's store cannot be written")) == 1
         disk.capacity_bytes = None
         await stage.said("The job's store can be written again")
         await stage.done()
