@@ -124,6 +124,7 @@ def test_a_dead_parameter_server_is_replaced_and_updates_are_sent_again(stage):
         await stage.said("Round committed", "round=1")
         server = stage.server()
         await stage.until(lambda: len(stage.job.book.accepted()) == 1)
+        await trio.sleep(0.3)  # until its sender has been answered, too
         committed = stage.rounds()
         stage.crash_now(server)
         await stage.said("Worker lost", server)

@@ -1,0 +1,86 @@
+"""One scheduler at a time leads a job, and starting over destroys nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from hypha.config import load_config
+from hypha.errors import ConfigError
+from hypha.scheduler.config import Config
+from hypha.scheduler.place import open_place
+
+TEXT = """
+cert_pem = "a.pem"
+key_pem = "a-key.pem"
+trust_pem = "trust.pem"
+state_dir = "state"
+[scheduler.job]
+name = "demo"
+dataset = "text"
+model = { path = "/model" }
+rounds = { updates = 1, samples_between_updates = 1 }
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "scheduler.toml"
+
+    def make(extra="", **environ: str):
+        path.write_text(extra + TEXT)
+        return load_config(Config, path, environ)
+
+    return make
+
+
+def test_a_second_scheduler_on_the_same_job_is_refused_with_the_first_ones_pid(config):
+    with (
+        open_place(config()),
+        pytest.raises(ConfigError, match=r"state_dir: .*demo\.lock: in use by another process \(pid \d+\)"),
+        open_place(config()),
+    ):
+        pass
+
+
+def test_it_may_come_once_the_first_is_gone(config, tmp_path):
+    with open_place(config()) as place:
+        (place.directory / "half").write_bytes(b"x")
+    with open_place(config()) as place:
+        assert place.directory == tmp_path / "state/demo/downloads"
+        assert list(place.directory.iterdir()) == []
+
+
+def test_starting_over_sets_aside_what_there_was(config, tmp_path):
+    for kept in ("first", "second"):
+        with open_place(config()) as place:
+            place.objects.create("chain/00000000", [kept.encode()])
+        with open_place(config(), fresh=True) as place:
+            assert place.objects.names("chain") == []
+    found = {path.parts[-3]: path.read_text() for path in tmp_path.glob("state/*/chain/00000000")}
+    assert found == {"demo.before-1": "first", "demo.before-2": "second"}
+
+
+def test_starting_over_sets_aside_the_checkpoints_elsewhere_too(config, tmp_path):
+    elsewhere = config(f'checkpoint_url = "{tmp_path}/shared"\n')
+    with open_place(elsewhere) as place:
+        place.objects.create("chain/00000000", [b"x"])
+    with open_place(elsewhere, fresh=True) as place:
+        assert place.objects.names("chain") == []
+    assert Path(tmp_path / "shared/demo.before-1/chain/00000000").read_bytes() == b"x"
+
+
+def test_what_cannot_be_set_aside_is_refused(config):
+    remote = config('checkpoint_url = "memory://place-test"\n')
+    with open_place(remote) as place:
+        place.objects.create("chain/00000000", [b"x"])
+    with (
+        pytest.raises(ConfigError, match="memory://place-test/demo holds a job that cannot be set aside"),
+        open_place(remote, fresh=True),
+    ):
+        pass
+
+
+def test_a_state_directory_that_cannot_be_written_is_named(config, tmp_path):
+    (tmp_path / "state").write_text("a file")
+    with pytest.raises(ConfigError, match=r"state_dir: .*/state"), open_place(config()):
+        pass
