@@ -100,7 +100,7 @@ class Scheduler:
                     self._network, self._runtime, providers, manifest_digest=wanted.digest
                 )
             except (PeerUnreachable, RemoteProtocolError) as error:
-                self._standing.note("dataset", f"Dataset {wanted.name!r} not found yet: {error}")
+                self._standing.note("dataset", f"Dataset {wanted.name!r} not found yet", str(error))
                 if self._runtime.now() - self._started > self._job.resources.find_s:
                     raise JobFailed(f"nobody provides dataset {wanted.name!r}: {error}") from error
                 await backoff.wait()
