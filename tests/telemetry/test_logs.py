@@ -22,7 +22,22 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def written():
+def untouched_libp2p():
+    """Its loggers as they are before anybody has imported it, which other tests of the same run have."""
+    names = ["libp2p", *(name for name in logging.root.manager.loggerDict if name.startswith("libp2p."))]
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(logger, logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
+    yield
+    for logger, level, propagate in before:
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+@pytest.fixture
+def written(untouched_libp2p):
     """Route all loggers as `HYPHA_LOG=<text>` would; call the result for the parsed lines."""
     undo = []
 
