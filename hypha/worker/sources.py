@@ -37,6 +37,10 @@ def _say(repository: str, revision: str | None) -> str:
     return repository if revision is None else f"{repository} at revision {revision}"
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _snapshot(repository: str, revision: str | None) -> str:
     import httpx
     from huggingface_hub import snapshot_download
@@ -46,11 +50,11 @@ def _snapshot(repository: str, revision: str | None) -> str:
     try:
         return os.path.realpath(snapshot_download(repository, revision=revision, allow_patterns=ALLOWED_FILES))
     except LocalEntryNotFoundError as error:
-        raise PeerUnreachable(f"{what}: {error}") from error
+        raise PeerUnreachable(f"{what}: {_one_line(error)}") from error
     except HfHubHTTPError as error:
         later = error.response.status_code >= 500 or error.response.status_code == 429
-        raise (PeerUnreachable if later else RemoteProtocolError)(f"{what}: {error}") from error
+        raise (PeerUnreachable if later else RemoteProtocolError)(f"{what}: {_one_line(error)}") from error
     except HFValidationError as error:
-        raise RemoteProtocolError(f"{what}: {error}") from error
+        raise RemoteProtocolError(f"{what}: {_one_line(error)}") from error
     except (httpx.HTTPError, OSError) as error:
-        raise PeerUnreachable(f"{what}: {error}") from error
+        raise PeerUnreachable(f"{what}: {_one_line(error)}") from error

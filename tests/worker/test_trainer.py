@@ -85,6 +85,7 @@ async def test_an_executor_that_does_not_read_its_events_has_failed(autojump_clo
         failure = pytest.RaisesExc(JobFailed, match="does not read its events: 1024 are waiting")
         with pytest.RaisesGroup(failure, flatten_subgroups=True):
             await session.run()
+        assert session.failure is not None
 
 
 # --- fetching ---------------------------------------------------------------------------------------------------------
