@@ -157,11 +157,12 @@ def test_libp2p_named_in_the_filter_keeps_its_levels(written):
 def test_a_logger_cut_off_from_the_root_still_arrives_as_json(written):
     lines = written()
     library = logging.getLogger("libp2p")
+    handlers, library.handlers = library.handlers, []  # pytest's own, where libp2p was imported before
     library.propagate = False  # as importing libp2p does
     try:
         logging.getLogger("libp2p.relay").warning("lost")
     finally:
-        library.propagate = True
+        library.propagate, library.handlers = True, handlers
     assert [line["logger"] for line in lines()] == ["libp2p.relay"]
 
 
