@@ -9,12 +9,13 @@ has the fewest; a slice goes through memory a chunk at a time.
 
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Annotated
 
 import trio
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from hypha.config import NodeConfig
 from hypha.dataset import MANIFEST_NAME, Dataset, open_dataset, size_fault
@@ -22,6 +23,7 @@ from hypha.errors import ConfigError, HyphaError, PeerUnreachable, Refused, Remo
 from hypha.network.fetch import provider_key
 from hypha.network.health import serve_health
 from hypha.network.host import open_network
+from hypha.network.lane import Lane, Terms, lane_of
 from hypha.network.retry import Backoff
 from hypha.network.seam import Network, Stream
 from hypha.network.transfer import send_file
@@ -116,6 +118,13 @@ class Counted:
     async def receive_some(self, bytes_max: int) -> bytes | bytearray:
         """See `seam.Stream`."""
         return await self._stream.receive_some(bytes_max)
+
+    def lane(self, terms: Terms) -> AbstractAsyncContextManager[Lane | None]:
+        """See `lane.Laned`; what goes that way is counted, too."""
+        return lane_of(
+            self._stream,
+            replace(terms, count=lambda moved: metrics.BYTES_SERVED.add(moved, dataset=self._dataset)),
+        )
 
 
 class DataNode:

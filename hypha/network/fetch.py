@@ -10,14 +10,17 @@ DHT keys are `dataset/<name>` and `dataset/<name>/<manifest digest>`.
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 from msgspec import Struct
+from msgspec.structs import replace
 
 from hypha.dataset import MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, digest_of_manifest, parse_manifest
 from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError
+from hypha.network.lane import Lane, Terms, lane_of
 from hypha.network.retry import Backoff
 from hypha.network.seam import Network, Stream
 from hypha.network.transfer import CHUNK_BYTES, partial_size, receive_file
@@ -185,6 +188,10 @@ class _Patient:
         with trio.move_on_after(self._stall_s):
             return await self._stream.receive_some(bytes_max)
         raise PeerUnreachable(f"{self._stream.peer.peer_id} sent nothing for {self._stall_s:g} s")
+
+    def lane(self, terms: Terms) -> AbstractAsyncContextManager[Lane | None]:
+        """See `lane.Laned`; just as patient."""
+        return lane_of(self._stream, replace(terms, stall_s=self._stall_s))
 
     async def header(self) -> FileHeader:
         """Return the provider's description of what follows."""

@@ -1,8 +1,8 @@
 """The libp2p network: one node's host, put together from its parts.
 
     TCP ─ mtls ─ yamux ─ swarm ─┬─ streams, rpc ──▶ Dispatcher (handlers)
-              └ probe           ├─ dht · gossip ──▶ Topics
-                                ├─ relay          (circuits through gateways)
+              ├ probe           ├─ dht · gossip ──▶ Topics
+              └ bulk            ├─ relay          (circuits through gateways)
     dialer: how to get to a peer┘  gateways       (held for ever)
 
     async with open_network(identity, config, role="worker", runtime=runtime) as network: …
@@ -28,6 +28,7 @@ from multiaddr import Multiaddr
 
 from hypha.errors import HyphaError, LocalProtocolError, PeerUnreachable, RemoteProtocolError
 from hypha.network import addresses, listening, mtls, patches, rpc, streams, yamux
+from hypha.network.bulk import BulkTransport
 from hypha.network.dht import Dht
 from hypha.network.dialer import Dialer, Routes
 from hypha.network.dispatch import Dispatcher, prepare
@@ -100,7 +101,8 @@ class Libp2pNetwork:
         self._excluded = addresses.parse_networks("exclude_cidr", config.exclude_cidr)
         self._dispatcher = Dispatcher()
         self._tls = mtls.MutualTls(identity, self._admit)
-        self._swarm = build_swarm(identity, self._tls, self._dispatcher)
+        self._bulk = BulkTransport(identity, self._tls)
+        self._swarm = build_swarm(identity, self._tls, self._dispatcher, self._bulk)
         self._host = BasicHost(
             network=self._swarm,
             addrs_factory=lambda found: self._advertised(found),
@@ -273,7 +275,7 @@ class Libp2pNetwork:
             if protocol == PROTOCOL_STREAM:
                 stream.expect_much()
             peer = muxed.secured_conn.identity
-            return Libp2pStream.proposing(stream, Peer(peer.peer_id, peer.roles), protocol)
+            return Libp2pStream.proposing(stream, Peer(peer.peer_id, peer.roles), protocol, self._bulk)
         raise PeerUnreachable(f"{peer_id}: no stream could be opened: {reason}")
 
     async def _on_stream(self, net_stream: INetStream) -> None:
@@ -294,7 +296,7 @@ class Libp2pNetwork:
 
     async def _serve_stream(self, muxed: YamuxStream, agreed: streams.Agreed) -> None:
         peer = muxed.connection.secured_conn.identity
-        stream = Libp2pStream(muxed, Peer(peer.peer_id, peer.roles), to_say=agreed.to_say)
+        stream = Libp2pStream(muxed, Peer(peer.peer_id, peer.roles), self._bulk, to_say=agreed.to_say)
         if agreed.protocol in RPC_PROTOCOLS:
             await rpc.answer(stream, self._dispatcher)
             return

@@ -144,6 +144,11 @@ class SecureConn(BaseSession):
         """Host and port of the socket at the other end."""
         return self._pipe.raw.get_remote_address()
 
+    @property
+    def tcp_address(self) -> tuple[str, int] | None:
+        """Host and port of the peer's own socket; None where a relay lies between."""
+        return self.get_remote_address() if self._pipe.on_tcp else None
+
     def get_transport_addresses(self) -> list[Multiaddr]:
         """Where the other end is."""
         return self._pipe.raw.get_transport_addresses()
@@ -183,7 +188,7 @@ class MutualTls(ISecureTransport):
         try:
             return await self._secure(conn, self._identity.server_context(ALPN), self._judge_dialer)
         except HandshakeRefused as refusal:
-            self._report(conn, str(refusal))
+            self.report(conn.get_remote_address(), str(refusal))
             raise
 
     async def open(self, conn: IRawConnection, *, expected: str | None) -> SecureConn:
@@ -225,11 +230,11 @@ class MutualTls(ISecureTransport):
             raise RemoteProtocolError(f"speaks {pipe.alpn or 'no protocol of ours'} over TLS")
         return self._identity.peer_of(pipe.peer_certificate())
 
-    def _report(self, conn: IRawConnection, reason: str) -> None:
+    def report(self, address: tuple[str, int] | None, reason: str) -> None:
+        """Count and log a dialer at `address` that was refused."""
         metrics.CONNECTIONS_FAILED.add(
             1, direction="inbound", reason=reason if CERTIFICATE_REFUSED in reason else "handshake"
         )
-        address = conn.get_remote_address()
         host = "unknown" if address is None else address[0]
         self._once.log(f"{host} {reason}", "Connection refused", remote=host, reason=reason)
 

@@ -9,13 +9,18 @@ trip and one frame each way.
 """
 
 from collections.abc import Collection
+from contextlib import AbstractAsyncContextManager
 
 import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from msgspec import Struct
 
 from hypha.errors import PeerUnreachable, RemoteProtocolError
+from hypha.network.bulk import BulkTransport
+from hypha.network.bulk_lane import agreed
 from hypha.network.framing import MessageFraming
+from hypha.network.lane import Lane, Terms
+from hypha.network.mtls import SecureConn
 from hypha.network.seam import Peer
 from hypha.network.yamux_stream import YamuxStream
 
@@ -37,17 +42,26 @@ def line(text: str) -> bytes:
 class Libp2pStream(MessageFraming):
     """A stream to one peer; the opener names the protocol, the accepter confirms it, both with their first bytes."""
 
-    def __init__(self, muxed: YamuxStream, peer: Peer, *, to_say: bytes = b"", to_hear: bytes = b"") -> None:
+    def __init__(
+        self,
+        muxed: YamuxStream,
+        peer: Peer,
+        bulk: BulkTransport,
+        *,
+        to_say: bytes = b"",
+        to_hear: bytes = b"",
+    ) -> None:
         self._muxed = muxed
+        self._bulk = bulk
         self._peer = peer
         self._to_say = to_say
         self._to_hear = to_hear
 
     @classmethod
-    def proposing(cls, muxed: YamuxStream, peer: Peer, protocol: str) -> "Libp2pStream":
+    def proposing(cls, muxed: YamuxStream, peer: Peer, protocol: str, bulk: BulkTransport) -> "Libp2pStream":
         """Return a stream just opened here; `protocol` is proposed with the first bytes sent."""
         lines = line(MULTISTREAM) + line(protocol)
-        return cls(muxed, peer, to_say=lines, to_hear=lines)
+        return cls(muxed, peer, bulk, to_say=lines, to_hear=lines)
 
     @property
     def peer(self) -> Peer:
@@ -90,6 +104,32 @@ class Libp2pStream(MessageFraming):
     async def aclose(self) -> None:
         """Close cleanly if both directions finished, otherwise reset. Never raises, never waits for the peer."""
         self._muxed.reset_now()
+
+    # --- `bulk_lane.Side` -------------------------------------------------------------------------------------------
+
+    def lane(self, terms: Terms) -> AbstractAsyncContextManager[Lane | None]:
+        """Agree with the peer on a connection of its own for the transfer that comes next; see `bulk_lane`."""
+        return agreed(self._bulk, self, terms)
+
+    @property
+    def connection(self) -> SecureConn:
+        """What carries the stream."""
+        return self._muxed.connection.secured_conn
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether we have finished our direction."""
+        return self._muxed.has_finished
+
+    def unread(self, data: bytes) -> None:
+        """Put back what was received last."""
+        self._muxed.unread(data)
+
+    async def until_aborted(self) -> None:
+        """Return when the stream breaks before the peer has finished sending."""
+        await self._muxed.until_truncated()
+
+    # --- inside -----------------------------------------------------------------------------------------------------
 
     async def _send(self, data: bytes | bytearray | memoryview, *, last: bool) -> None:
         if self._to_say:

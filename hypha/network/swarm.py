@@ -1,7 +1,8 @@
 """The swarm of a node: TCP, our security transports, our multiplexer, and nothing else that upstream would add.
 
     raw TCP ─┬─ /hypha/mtls/1.0.0  ─▶ /hypha/yamux/1.0.0 ─▶ a peer's connection
-             └─ /hypha/probe/1.0.0 ─▶ one answer              (a further transport for bulk fits beside it)
+             ├─ /hypha/probe/1.0.0 ─▶ one answer
+             └─ /hypha/bulk/1.0.0  ─▶ one large transfer      (neither becomes a connection of the swarm's)
 
 Built by hand: `libp2p.new_host` accepts plaintext unless told otherwise and brings a resource manager with limits of
 its own. Here connections are bounded by the swarm, streams by the multiplexer, requests by the dispatcher.
@@ -16,7 +17,7 @@ from libp2p.peer.peerstore import PeerStore
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
 
-from hypha.network import mtls, probe, yamux
+from hypha.network import bulk, mtls, probe, yamux
 from hypha.network.dispatch import Dispatcher
 from hypha.network.listening import Census
 from hypha.network.patches import Swarm
@@ -24,11 +25,13 @@ from hypha.pki import Identity
 
 # Below the usual limit of 1024 open files, with room for everything else a node has open.
 CONNECTIONS_MAX = 900
-# Both sides may dial at once, and bulk may want a connection of its own.
+# Both sides may dial at once, and a relayed connection may stay beside a direct one.
 CONNECTIONS_PER_PEER_MAX = 4
 
 
-def build_swarm(identity: Identity, tls: mtls.MutualTls, dispatcher: Dispatcher) -> Swarm:
+def build_swarm(
+    identity: Identity, tls: mtls.MutualTls, dispatcher: Dispatcher, bulk_transport: bulk.BulkTransport
+) -> Swarm:
     """Return a swarm that does not run yet and whose `dial` is still to be set."""
     key = Ed25519PrivateKey.from_bytes(identity.private_key)
     peer_id, peerstore = ID.from_string(identity.peer_id), PeerStore()
@@ -37,6 +40,7 @@ def build_swarm(identity: Identity, tls: mtls.MutualTls, dispatcher: Dispatcher)
         secure_transports_by_protocol={
             mtls.PROTOCOL_ID: tls,
             probe.PROTOCOL_ID: probe.ProbeTransport(tls, dispatcher),
+            bulk.PROTOCOL_ID: bulk_transport,
         },
         muxer_transports_by_protocol={TProtocol(yamux.PROTOCOL_ID): yamux.Yamux},
     )

@@ -62,6 +62,11 @@ class TlsPipe:
         """The application protocol agreed on."""
         return self._tls.selected_alpn_protocol()
 
+    @property
+    def on_tcp(self) -> bool:
+        """Whether a TCP socket of this machine carries it, and not a relay's stream."""
+        return self._socket is not None
+
     def peer_certificate(self) -> bytes:
         """The peer's verified certificate, DER."""
         der = self._tls.getpeercert(binary_form=True)

@@ -3,6 +3,7 @@
     path ─read─▶ chunk ─▶ stream ═══▶ stream ─▶ chunk ─hash, write─▶ path.part ─digest right─▶ path
           while the one before is sent              while the next one comes
 
+Where the stream can offer a lane of its own for a large transfer (see `lane`), the same bytes go that way.
 Memory is bounded by a few chunks on either side. A transfer that breaks leaves `path.part`, and the next one may go on
 after it: `partial_size` says from where. What arrives wrong is deleted, since no continuation could mend it.
 Nothing is synced to disk: whoever needs it durable syncs it.
@@ -10,7 +11,7 @@ Nothing is synced to disk: whoever needs it durable syncs it.
 
 import hashlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,7 @@ from blake3 import blake3
 
 from hypha.errors import HyphaError, PeerUnreachable, RemoteProtocolError, StoreError
 from hypha.network.framing import ByteSource, ByteStream
+from hypha.network.lane import Terms, lane_of
 from hypha.runtime import Runtime
 
 CHUNK_BYTES = 1 << 20
@@ -62,13 +64,23 @@ async def send_file(stream: ByteStream, path: Path, *, offset: int = 0, length: 
     """
     descriptor = await runtime.run_blocking(_open, path, os.O_RDONLY)
     try:
-        async with _concurrently() as nursery:
-            chunks_in, chunks = trio.open_memory_channel[bytes](CHUNKS_QUEUED_MAX)
-            nursery.start_soon(_read_ahead, chunks_in, descriptor, path, offset, length, runtime)
-            async for chunk in chunks:
-                await stream.send_all(chunk)
+        async with lane_of(stream, Terms(sending=True), length) as lane:
+            if lane is None:
+                await _send_over(stream, descriptor, path, offset, length, runtime)
+            else:
+                await lane.send(_Reader(descriptor, path, offset), length)
     finally:
         os.close(descriptor)
+
+
+async def _send_over(
+    stream: ByteStream, descriptor: int, path: Path, offset: int, length: int, runtime: Runtime
+) -> None:
+    async with _concurrently() as nursery:
+        chunks_in, chunks = trio.open_memory_channel[bytes](CHUNKS_QUEUED_MAX)
+        nursery.start_soon(_read_ahead, chunks_in, descriptor, path, offset, length, runtime)
+        async for chunk in chunks:
+            await stream.send_all(chunk)
 
 
 async def _read_ahead(
@@ -107,7 +119,11 @@ async def receive_file(
         await runtime.run_blocking(part.open, offset)
         while part.size < offset:
             await runtime.run_blocking(part.read_again, offset)
-        await _receive_rest(stream, part, size, runtime)
+        async with lane_of(stream, Terms(sending=False), size - offset) as lane:
+            if lane is None:
+                await _receive_rest(stream, part, size, runtime)
+            else:
+                await lane.receive(lambda view: part.write([view]), size - offset)
         await runtime.run_blocking(part.conclude, digest)
     finally:
         part.close()
@@ -139,7 +155,7 @@ class Part:
         self._hash.update(chunk)
         self.size += len(chunk)
 
-    def write(self, pieces: list[bytes | bytearray]) -> None:
+    def write(self, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
         """Append, and take in, what has come."""
         for piece in pieces:
             self._hash.update(piece)
@@ -228,8 +244,29 @@ def _read(descriptor: int, path: Path, offset: int, count: int) -> bytes:
     with _disk(path):
         chunk = os.pread(descriptor, count, offset)
     if not chunk:
-        raise StoreError(f"{path} ends at {offset} bytes, before it should")
+        raise _short(path, offset)
     return chunk
+
+
+class _Reader:
+    """Reads a file onwards into the buffers that it is given."""
+
+    def __init__(self, descriptor: int, path: Path, offset: int) -> None:
+        self._descriptor = descriptor
+        self._path = path
+        self._offset = offset
+
+    def __call__(self, buffer: memoryview) -> int:
+        with _disk(self._path):
+            count = os.preadv(self._descriptor, [buffer], self._offset)
+        if not count:
+            raise _short(self._path, self._offset)
+        self._offset += count
+        return count
+
+
+def _short(path: Path, offset: int) -> StoreError:
+    return StoreError(f"{path} ends at {offset} bytes, before it should")
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:

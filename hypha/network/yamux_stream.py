@@ -45,6 +45,7 @@ class YamuxStream(IMuxedStream):
         self._consumed = 0
         self._sent_all = self._received_all = self._aborted = False
         self._wake_reader, self._wake_writer = trio.Event(), trio.Event()
+        self._truncated: trio.Event | None = None
         self._write_lock = trio.Lock()
 
     # --- used by whoever holds the stream ---------------------------------------------------------------------------
@@ -76,6 +77,19 @@ class YamuxStream(IMuxedStream):
     def has_buffered(self) -> bool:
         """Whether a read would return at once."""
         return bool(self._chunks)
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether our direction is finished."""
+        return self._sent_all
+
+    async def until_truncated(self) -> None:
+        """Return when the stream is aborted before the peer has finished sending; one waiter at a time."""
+        if self._aborted and not self._received_all:
+            await trio.lowlevel.checkpoint()
+            return
+        self._truncated = trio.Event()
+        await self._truncated.wait()
 
     def unread(self, data: bytes | bytearray) -> None:
         """Put back the tail of what was just received."""
@@ -199,6 +213,8 @@ class YamuxStream(IMuxedStream):
         """The stream is dead; what was received and not read yet is dropped, unless it is whole."""
         if not self._received_all:
             self._chunks.clear()
+            if self._truncated is not None:
+                self._truncated.set()
         self._aborted = True
         self._wake_reader.set()
         self._wake_writer.set()

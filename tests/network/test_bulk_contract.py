@@ -1,0 +1,51 @@
+"""Large transfers keep one contract on every way: in memory, on a connection of their own, and on a muxed stream."""
+
+import pytest
+
+from hypha.network import bulk
+from hypha.network.memory import MemoryFabric
+from tests.network.contract_transfers import TransferContract
+from tests.network.libp2p_nodes import Nodes
+
+
+class TestMemory(TransferContract):
+    """In memory there is one way only."""
+
+    @pytest.fixture
+    def make_network(self):
+        fabric = MemoryFabric("contract")
+        return lambda name, *roles: fabric.node(name, frozenset(roles))
+
+
+class OnSockets(TransferContract):
+    @pytest.fixture
+    async def make_network(self, pki, ways):
+        nodes = Nodes(pki)
+        async with nodes.alone("gateway", "gateway") as gateway:
+            yield lambda name, *roles: nodes.joined(gateway, name, *roles)
+
+
+@pytest.mark.slow
+class TestOwnConnection(OnSockets):
+    """Where the peers can dial each other."""
+
+    @pytest.fixture
+    def ways(self, monkeypatch):
+        taken = []
+        dial = bulk.BulkTransport.dial
+
+        async def counted(*arguments):
+            taken.append(await dial(*arguments))
+            return taken[-1]
+
+        monkeypatch.setattr(bulk.BulkTransport, "dial", counted)
+        return taken
+
+
+@pytest.mark.slow
+class TestMuxedStream(OnSockets):
+    """Where no place is free for a connection of its own."""
+
+    @pytest.fixture
+    def ways(self, monkeypatch):
+        monkeypatch.setattr(bulk, "TRANSFERS_MAX", 0)
