@@ -33,6 +33,7 @@ from hypha.errors import RemoteProtocolError
 from hypha.network import bulk_socket
 from hypha.network.mtls import HandshakeRefused, MutualTls, reason_of
 from hypha.network.patches import FOREIGN
+from hypha.network.probe import reason_of_socket
 from hypha.pki import Identity, PeerIdentity
 from hypha.telemetry import get_logger
 
@@ -203,7 +204,7 @@ async def _open(host: str, port: int) -> socket.socket:
     try:
         raw = RawConnection(TrioTCPStream(await trio.open_tcp_stream(host, port)), initiator=True)
     except OSError as error:
-        raise HandshakeRefused((error.strerror or str(error)).lower()) from error
+        raise HandshakeRefused(reason_of_socket(error)) from error
     try:
         await MultiselectClient().select_one_of([PROTOCOL_ID], MultiselectCommunicator(raw))
         return bulk_socket.take_socket(raw)
