@@ -1,6 +1,7 @@
 # Every target is complete in itself: it sets up what it needs first. `make help` lists them.
 BIN := .venv/bin
 SEEDS ?= 20
+KILLS ?= 8
 BENCH ?= rest
 ARGS ?=
 
@@ -25,6 +26,9 @@ sim: setup ## whole clusters in virtual time: SEEDS=n, SEED_START=s, or SEED=k t
 
 e2e: setup ## the tutorial with real processes, certificates and sockets
 	$(BIN)/pytest -q tests/e2e
+
+chaos: setup ## real processes killed and stopped while they train: KILLS=n SEED=s
+	$(BIN)/python -m tests.chaos.main --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: setup ## one figure: BENCH=placement|stream|rest|diloco
 	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)

@@ -1,0 +1,182 @@
+"""Who takes part in the chaos, and their configurations.
+
+gateway-1 ◀─▶ gateway-2      data-1, data-2: the same dataset
+worker-1, worker-2 train     worker-3 serves parameters     worker-4 is a spare for either
+scheduler: configs/calm.toml, configs/chaos.toml, the same job with a state directory each
+"""
+
+import subprocess
+from pathlib import Path
+
+from msgspec import Struct
+
+from hypha.demo.nodes import free_port
+from tests.chaos import dataset
+from tests.e2e.programs import ENVIRONMENT
+
+GATEWAYS = ("gateway-1", "gateway-2")
+DATA_NODES = ("data-1", "data-2")
+EXECUTORS = {
+    "worker-1": ("train",),
+    "worker-2": ("train",),
+    "worker-3": ("aggregate",),
+    "worker-4": ("train", "aggregate"),
+}
+WORKERS = tuple(EXECUTORS)
+SCHEDULER = "scheduler"
+CALM, CHAOS = "calm", "chaos"
+TRAINERS = 2
+ROLES = {
+    **dict.fromkeys(GATEWAYS, "gateway"),
+    **dict.fromkeys(DATA_NODES, "data"),
+    **dict.fromkeys(WORKERS, "worker"),
+    SCHEDULER: "scheduler",
+}
+SETUP_S = 60.0
+BATCH_SAMPLES = 16
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """What is trained, and under which leases. `samples` per round, over all workers."""
+
+    rounds: int
+    samples: int = 3200
+    ttl_s: float = 6.0
+    deadline_s: float = 30.0
+
+
+def prepare(directory: Path, job: Job, seed: int) -> None:
+    """Write configurations and dataset, and issue certificates with the public command."""
+    for name in ("configs", "logs", "work"):
+        (directory / name).mkdir()
+    addresses = [f"/ip4/127.0.0.1/tcp/{free_port()}" for _ in GATEWAYS]
+    for name in ROLES:
+        text = _node(name, addresses)
+        if name == SCHEDULER:
+            for run in (CALM, CHAOS):
+                (directory / "configs" / f"{run}.toml").write_text(text + _job(run, job))
+            continue
+        if name in DATA_NODES:
+            text += 'dataset_path = "../dataset"\n'
+        if name in EXECUTORS:
+            text += _worker(name, job)
+        (directory / "configs" / f"{name}.toml").write_text(text)
+    dataset.write(directory / "dataset", seed)
+    _certify(directory)
+
+
+def command(name: str, run: str = "") -> list[str]:
+    """Return the command that runs a node; for the scheduler, `run` names its configuration."""
+    return [f"hypha-{ROLES[name]}", "run", "-c", f"configs/{run or name}.toml"]
+
+
+def _certify(directory: Path) -> None:
+    def certutil(*arguments: str) -> None:
+        subprocess.run(
+            ["hypha-certutil", *arguments, "--out", "certs"],
+            cwd=directory,
+            env=ENVIRONMENT,
+            check=True,
+            timeout=SETUP_S,
+            capture_output=True,
+        )
+
+    certutil("root", "--name", "Chaos root")
+    certutil("org", "--name", "Chaos organisation")
+    for name, role in ROLES.items():
+        certutil("node", "--name", name, "--role", role)
+
+
+def _node(name: str, addresses: list[str]) -> str:
+    own = addresses[GATEWAYS.index(name)] if name in GATEWAYS else "/ip4/127.0.0.1/tcp/0"
+    others = ", ".join(f'"{address}"' for address in addresses if address != own)
+    return _NODE.format(name=name, own=own, others=others)
+
+
+def _worker(name: str, job: Job) -> str:
+    executors = "".join(_EXECUTORS[work] for work in EXECUTORS[name])
+    return _WORKER.format(name=name, ttl_s=job.ttl_s) + executors
+
+
+def _job(run: str, job: Job) -> str:
+    return _JOB.format(
+        run=run,
+        dataset=dataset.NAME,
+        inputs=dataset.INPUTS,
+        classes=dataset.CLASSES,
+        rounds=job.rounds,
+        samples=job.samples,
+        batch=BATCH_SAMPLES,
+        deadline_s=job.deadline_s,
+        trainers=TRAINERS,
+    )
+
+
+_NODE = """\
+cert_pem = "../certs/{name}.pem"
+key_pem = "../certs/{name}-key.pem"
+trust_pem = "../certs/trust.pem"
+listen_addresses = ["{own}"]
+gateway_addresses = [{others}]
+"""
+
+_WORKER = """\
+work_dir = "../work/{name}"
+
+[resources]
+cpu = 1.0
+memory = 1.0
+storage = 1.0
+gpu = 0.0
+
+[lease]
+ttl_s = {ttl_s}
+"""
+
+_EXECUTORS = {
+    "train": '\n[[executors]]\nclass = "train"\nname = "diloco-transformer"\n',
+    "aggregate": '\n[[executors]]\nclass = "aggregate"\nname = "parameter-server"\nruntime = "parameter-server"\n',
+}
+
+_JOB = """\
+state_dir = "../state"
+
+[scheduler]
+welcome_s = 1.0
+retry_s = 1.0
+patience_s = 5.0
+
+[scheduler.job]
+name = "{run}"
+dataset = "{dataset}"
+
+[scheduler.job.model]
+type = "torch"
+seed = 0
+
+[scheduler.job.model.config]
+layers = [["linear", {inputs}, 64], ["tanh"], ["linear", 64, {classes}]]
+
+[scheduler.job.inner_optimizer]
+learning_rate = 2e-3
+
+[scheduler.job.outer_optimizer]
+learning_rate = 0.7
+momentum = 0.9
+
+[scheduler.job.rounds]
+updates = {rounds}
+samples_between_updates = {samples}
+max_batch_size = {batch}
+deadline_s = {deadline_s}
+
+[scheduler.job.resources]
+workers = {trainers}
+min_workers = 1
+worker = {{ cpu = 1.0, memory = 0.5 }}
+parameter_server = {{ cpu = 1.0, memory = 0.5 }}
+
+[scheduler.job.checkpoint]
+every = 5
+keep = 2
+"""

@@ -1,0 +1,47 @@
+"""A dataset whose loss has a floor that every long enough run comes near: classes drawn from a fixed random network.
+
+    x ~ N(0, 1)[16] ─▶ tanh(x·A)·B ─▶ softmax ─▶ label drawn        inputs F32[16], labels I64[]
+
+Written as the public format has it (design §7), without torch.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from safetensors.numpy import save
+
+from hypha.dataset import Manifest, SliceEntry, render_manifest
+
+NAME = "chaos-classes"
+INPUTS, CLASSES, HIDDEN = 16, 8, 24
+SLICES, SLICE_SAMPLES, HELD_OUT_SAMPLES = 12, 1600, 2048
+# How sure the teacher is: a loss well above zero at the floor, and well below log(CLASSES).
+SHARPNESS = 2.0
+SCHEMA = {"inputs": f"F32[{INPUTS}]", "labels": "I64[]"}
+SAMPLES_PER_EPOCH = SLICES * SLICE_SAMPLES
+
+
+def write(directory: Path, seed: int) -> None:
+    """Write the dataset of this seed into a new directory."""
+    directory.mkdir()
+    chance = np.random.default_rng(seed)
+    first = chance.standard_normal((INPUTS, HIDDEN)) / math.sqrt(INPUTS)
+    second = chance.standard_normal((HIDDEN, CLASSES)) / math.sqrt(HIDDEN)
+    entries = []
+    for number in range(SLICES + 1):
+        split: Literal["train", "held-out"] = "held-out" if number == SLICES else "train"
+        samples = HELD_OUT_SAMPLES if split == "held-out" else SLICE_SAMPLES
+        inputs = chance.standard_normal((samples, INPUTS))
+        scores = SHARPNESS * math.sqrt(HIDDEN) * (np.tanh(inputs @ first) @ second)
+        # The largest of scores with Gumbel noise is a draw from their softmax.
+        labels = np.argmax(scores + chance.gumbel(size=scores.shape), axis=1)
+        data = save({"inputs": inputs.astype(np.float32), "labels": labels.astype(np.int64)})
+        name = f"{split}-{number:05d}.safetensors"
+        (directory / name).write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        entries.append(SliceEntry(name=name, split=split, samples=samples, bytes=len(data), digest=digest))
+    manifest = Manifest(name=NAME, schema=SCHEMA, slices=tuple(entries))
+    (directory / "dataset.toml").write_bytes(render_manifest(manifest))
