@@ -6,6 +6,7 @@
 Everything that happens is in `chronicle`; after every line of it the invariants are checked.
 """
 
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -26,11 +27,13 @@ from tests.sim.chronicle import NODE, Chronicle
 from tests.sim.executors import Pace, SimExecutor
 from tests.sim.invariants import Broken, Invariants
 from tests.sim.machines import PEM, DataMachine, GatewayMachine, Machine, SchedulerMachine, WorkerMachine
-from tests.sim.scenario import CALM, Fault, Scenario
+from tests.sim.scenario import CALM, SLOW_DISK_S, Fault, Scenario
 from tests.sim.virtual import NodeCrashed, Power, VirtualRuntime, run_seeded
 
 # A seed that does more than this goes round in circles.
 EVENTS_MAX = 150_000
+# So many turns of trio's loop without any time passing are a task that spins.
+STANDSTILL_MAX = 20_000
 # After the job is over: time to say goodbye, to kill executors and for leases to be given back.
 GOODBYE_TTLS = 2.5
 MODEL_SEED = 7
@@ -118,6 +121,8 @@ class Cluster:
                 for name in self.machines:
                     self.start(name)
                 self._nursery.start_soon(self._strike_all)
+                if self.scenario.disk_s >= SLOW_DISK_S:
+                    self.chronicle.struck("slow disk", "scheduler", f"takes {self.scenario.disk_s:g} s for each write")
                 yield self
                 self._nursery.cancel_scope.cancel()
 
@@ -134,7 +139,7 @@ class Cluster:
             incarnation=machine.incarnation,
             rate=machine.rate,
             offset=machine.offset,
-            blocking_s=self.scenario.blocking_s,
+            blocking_s=self.scenario.disk_s if machine.role == "scheduler" else self.scenario.blocking_s,
             gate=self.fabric.gate(machine.name),
             power=machine.power,
         )
@@ -205,6 +210,11 @@ class Cluster:
             self.invariants.answered(asker, answerer, request, reply)
         except Broken as broken:
             self._break(broken.invariant, broken.how)
+
+    def give_up(self, invariant: str, how: str) -> None:
+        """Note that something is broken and take everything down now."""
+        self._break(invariant, how)
+        self._nursery.cancel_scope.cancel()
 
     def _break(self, invariant: str, how: str) -> None:
         if self.broken is None:
@@ -314,6 +324,23 @@ class Cluster:
     }
 
 
+class Standstill(trio.abc.Instrument):
+    """Ends a simulation in which virtual time stands still because a task never sleeps."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._turns = 0
+        self._now = -1.0
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Count the turns of trio's loop."""
+        now = trio.current_time()
+        self._turns = self._turns + 1 if now == self._now else 0
+        self._now = now
+        if self._turns > STANDSTILL_MAX:
+            self._cluster.give_up("no task spins", f"{self._turns} turns at {now:.6f}")
+
+
 class Report(Struct, frozen=True, kw_only=True):
     """What became of one seed."""
 
@@ -328,7 +355,11 @@ class Report(Struct, frozen=True, kw_only=True):
 def simulate(scenario: Scenario, root: Path) -> Report:
     """Run one scenario to its end, in an empty directory."""
     cluster = Cluster(scenario, root)
-    simulated_s = run_seeded(scenario.seed, _simulate, cluster)
+    simulated_s = 0.0
+    try:
+        simulated_s = run_seeded(scenario.seed, _simulate, cluster)
+    except Exception as error:  # noqa: BLE001 - whatever escapes from a role is what this looks for
+        cluster.broken = cluster.broken or Broken("no exception escapes", "; ".join(_leaves(error)))
     return Report(
         scenario=scenario,
         broken=None if cluster.broken is None else str(cluster.broken),
@@ -339,7 +370,15 @@ def simulate(scenario: Scenario, root: Path) -> Report:
     )
 
 
+def _leaves(error: BaseException) -> list[str]:
+    if isinstance(error, BaseExceptionGroup):
+        return [words for each in error.exceptions for words in _leaves(each)]
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return [f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno} in {where.name})"]
+
+
 async def _simulate(cluster: Cluster) -> float:
+    trio.lowlevel.add_instrument(Standstill(cluster))
     async with cluster.running():
         await cluster.finish()
     return trio.current_time()

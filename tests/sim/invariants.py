@@ -62,6 +62,7 @@ class Invariants:
         self._chain = Chain(cluster.scheduler.objects)
         self._rounds_told = 0
         self._members: dict[tuple[int, int], set[Member]] = {}  # by (job epoch, round): in any view of it
+        self._fences: dict[tuple[str, int], str] = {}
         self._dead_since: dict[str, float] = {}
         self._heard: dict[str, float] = {}
         self._committed: dict[int, str] = {}
@@ -94,6 +95,8 @@ class Invariants:
         if held > worker.ledger.capacity.cpu:
             raise Broken("L1 no two leases on one resource", f"{machine.name} has {held:g} cores leased")
         for lease in leases.values():
+            if self._fences.setdefault((machine.name, lease.fence), lease.lease_id) != lease.lease_id:
+                raise Broken("fences rise for ever", f"{machine.name} grants fence {lease.fence} a second time")
             heard = self._heard.get(lease.lease_id)
             if lease.state in LIVING and heard is not None and now > heard + machine.ttl_s + KILLED_WITHIN_S:
                 raise Broken("L3 silence frees a lease", f"{lease.lease_id} lives {now - heard:.1f} s after a renewal")

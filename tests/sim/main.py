@@ -21,7 +21,7 @@ from tests.sim.scenario import draw
 
 TRANSCRIPT_LINES = 60
 # Real time in which no seed gets stuck unless it never ends: then it is shown where.
-STUCK_S = 20.0
+STUCK_S = 120.0
 # Memory is faster than any disk, and nothing here has to survive.
 SHARED_MEMORY = Path("/dev/shm")
 

@@ -6,7 +6,7 @@ replay: the same seed draws the same scenario; a test may also write one down it
 
 import random
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from hypha.network.memory_faults import FaultProfile
 
@@ -27,7 +27,11 @@ LOSSY = FaultProfile(
     dht_delay_s=0.5,
     dht_record_s=20.0,
 )
+# One message in ten is lost: what is said once only is not heard.
+HARSH = structs.replace(LOSSY, loss=0.1, latency_s=0.02)
 CLOCK_DRIFT = 0.05
+SLOW_DISK_S = 0.4
+SLOW_DISK_CHANCE = 0.3
 # A job without faults takes about so long: the faults fall into it.
 BUSY_S = 14.0
 
@@ -62,7 +66,8 @@ class Scenario(Struct, frozen=True, kw_only=True):
     ttl_s: float = 8.0
     evaluate_every: int = 1
     checkpoint_every: int = 2
-    blocking_s: float = 0.0
+    blocking_s: float = 0.0  # of every access to a disk
+    disk_s: float = 0.0  # likewise at the scheduler
     rates: tuple[float, ...] = ()  # of the machines' clocks, in the order of their starting; the rest run true
     paces: tuple[float, ...] = ()  # seconds for a batch on each worker
     profile: FaultProfile = CALM
@@ -99,11 +104,22 @@ def draw(seed: int) -> Scenario:
         evaluate_every=chance.choice((0, 1, 2)),
         checkpoint_every=chance.choice((1, 2, 3)),
         blocking_s=chance.choice((0.0, 0.002)),
+        disk_s=SLOW_DISK_S if everything and chance.random() < SLOW_DISK_CHANCE else chance.choice((0.0, 0.002)),
         rates=tuple(chance.uniform(1 - CLOCK_DRIFT, 1 + CLOCK_DRIFT) for _ in range(12)) if flavour != "calm" else (),
         paces=tuple(chance.choice((0.15, 0.3, 0.3, 0.7)) for _ in range(8)),
-        profile=LOSSY if flavour == "lossy" or (everything and chance.random() < 0.7) else CALM,
+        profile=_profile(flavour, chance),
         faults=_faults(flavour, chance),
     )
+
+
+def _profile(flavour: str, chance: random.Random) -> FaultProfile:
+    match flavour:
+        case "lossy":
+            return chance.choice((LOSSY, HARSH))
+        case "everything":
+            return chance.choice((LOSSY, LOSSY, CALM))
+        case _:
+            return CALM
 
 
 DEATHS = (
