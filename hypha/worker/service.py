@@ -244,6 +244,8 @@ async def run(config: Config, *, task_status: trio.TaskStatus[None] = trio.TASK_
     runtime = RealRuntime()
     identity = load_identity(config)
     work_dir = config.work_dir
+    if work_dir.exists() and not work_dir.is_dir():
+        raise ConfigError(f"`work_dir`: {work_dir} is not a directory")
     with ExitStack() as held:
         try:
             disk = RealDisk(work_dir)
