@@ -107,7 +107,7 @@ PLAIN = Coding()
 
 
 class Compression(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The [scheduler.job.compression] table.
+    """In what form updates travel. `docs/explanation/compression.md` compares the codecs.
 
     pseudo_gradients  codec from worker to parameter server
     outer_updates     codec from parameter server to workers

@@ -2,12 +2,15 @@
 
 JobSpec ── model, preprocessor, dataset ── what is trained on what
         ── inner, outer, rounds         ── how (DiLoCo, arXiv 2311.08105)
+        ── compression                  ── in what form updates travel
         ── resume                       ── which committed state a parameter server starts from
 """
 
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
+
+from hypha.protocol.compression import Compression
 
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
@@ -151,3 +154,4 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     rounds: Rounds
     preprocessor: PreprocessorSpec | None = None
     resume: ResumePoint | None = None
+    compression: Compression = Compression()

@@ -4,6 +4,7 @@ state_dir                  journal, chain of committed rounds, records and check
 checkpoint_url             the same for artifacts elsewhere: a directory or an fsspec URL
 [scheduler.job]            name, model, preprocessor, dataset, optimizers
 [scheduler.job.rounds]     how many, how long, how few may close one      (hypha.protocol.job.Rounds)
+[scheduler.job.compression]  codecs of pseudo-gradients and outer updates   (hypha.protocol.compression)
 [scheduler.job.resources]  workers and parameter servers: how many, what they need, what they may cost
 """
 
@@ -13,6 +14,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from hypha.config import NodeConfig
+from hypha.protocol.compression import Compression
 from hypha.protocol.job import InnerOptimizer, ModelSpec, OuterOptimizer, PreprocessorSpec, Rounds
 from hypha.protocol.resources import Resources
 
@@ -89,6 +91,7 @@ class JobConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     preprocessor: PreprocessorSpec | None = None
     inner_optimizer: InnerOptimizer = InnerOptimizer()
     outer_optimizer: OuterOptimizer = OuterOptimizer()
+    compression: Compression = Compression()
     resources: JobResources = JobResources()
     checkpoint: CheckpointConfig = CheckpointConfig()
 

@@ -230,6 +230,7 @@ class Scheduler:
             dataset=dataset,
             inner=job.inner_optimizer,
             outer=job.outer_optimizer,
+            compression=job.compression,
             rounds=job.rounds,
             resume=store.resume_point() if work == "aggregate" else None,
         )

@@ -34,7 +34,7 @@ from hypha.protocol.bridge import (
 )
 from hypha.protocol.job import JobSpec
 from hypha.telemetry import get_logger, span_from
-from hypha.training import executor, models, outer, tensors
+from hypha.training import coded, executor, models, outer, tensors
 from hypha.training.evaluate import Evaluator
 from hypha.training.session import Session
 from hypha.training.sources import fetch_source
@@ -92,7 +92,7 @@ class Aggregator:
         """Say whether an update may be merged."""
         self.files.setdefault(event.round, set()).add(event.file.path)
         with span_from(event.traceparent, "screen", round=event.round) as span:
-            refusal = tensors.screen(self.work_dir / event.file.path, self.shapes)
+            refusal = coded.screen(self.work_dir / event.file.path, self.shapes, self.job.compression.upward)
             if refusal is not None:
                 span.fail(refusal)
             self._report(Screened(ticket=event.ticket, refusal=refusal))
@@ -135,6 +135,8 @@ class Aggregator:
                 for one in sorted(event.inputs, key=lambda one: (one.peer_id, one.fence))
             ],
             outer=self.job.outer,
+            upward=self.job.compression.upward,
+            downward=self.job.compression.downward,
         )
         refs = {part: getattr(stepped, part).ref(self.work_dir) for part in outer.PARTS}
         self.files.setdefault(event.round, set()).update(ref.path for ref in refs.values())
@@ -194,7 +196,14 @@ def resumed_state(session: Session, job: JobSpec, work_dir: Path) -> State:
         outs = {part: work_dir / f"{part}-{number}-replayed.safetensors" for part in outer.PARTS}
         old = [work_dir / ref.path for ref in (state.model, state.momentum, record)]
         try:
-            stepped = outer.replay(outs, model=old[0], momentum=old[1], record=old[2], outer=job.outer)
+            stepped = outer.replay(
+                outs,
+                model=old[0],
+                momentum=old[1],
+                record=old[2],
+                outer=job.outer,
+                downward=job.compression.downward,
+            )
         except RemoteProtocolError as error:
             raise JobFailed(f"record of round {number} cannot be replayed: {error}") from error
         state = State(number, stepped.model.ref(work_dir), stepped.momentum.ref(work_dir))

@@ -12,8 +12,8 @@ import torch
 
 from hypha.errors import RemoteProtocolError
 from hypha.protocol.compression import CHUNK_ELEMENTS, Coding
-from hypha.training import codecs
-from hypha.training.tensors import PIECE_ELEMENTS, FileWriter, Piece, Reader, Shapes, is_finite, pieces_of
+from hypha.training import codecs, tensors
+from hypha.training.tensors import PIECE_ELEMENTS, FileWriter, Piece, Reader, Shapes, pieces_of
 
 assert PIECE_ELEMENTS % CHUNK_ELEMENTS == 0, "a piece is whole rows, except a tensor's last"
 
@@ -25,9 +25,12 @@ class CodedWriter(FileWriter):
         super().__init__(path, (coding.spec(name, tuple(shape)) for name, shape in shapes.items()))
         self._coding, self._generator = coding, generator
 
-    def append(self, elements: torch.Tensor) -> torch.Tensor:
+    def append(self, piece: Piece, elements: torch.Tensor) -> torch.Tensor:
         """Write the next piece, and return what readers will find. Raises RemoteProtocolError: it cannot be coded."""
-        data = codecs.encode(elements, self._coding, self._generator)
+        try:
+            data = codecs.encode(elements, self._coding, self._generator)
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(f"tensor {piece.name!r}: {error}") from error
         self.put(data)
         return codecs.decode(data, elements.numel(), self._coding)
 
@@ -51,14 +54,15 @@ class CodedReader:
             raise RemoteProtocolError(f"{self._file.path.name}: tensor {piece.name!r}: {error}") from error
 
     def check(self) -> None:
-        """Read everything once. Raises RemoteProtocolError: something does not decode, or not to finite numbers."""
+        """Decode everything once. Raises RemoteProtocolError: something does not decode."""
         for piece in pieces_of(self._shapes):
-            if not is_finite(self.part(piece)):
-                raise RemoteProtocolError(f"{self._file.path.name}: tensor {piece.name!r} is not finite")
+            self.part(piece)
 
 
 def screen(path: Path, shapes: Shapes, coding: Coding) -> str | None:
     """Say why a coded pseudo-gradient must not be merged; None if it may. Holds one piece at a time."""
+    if coding.codec == "none":
+        return tensors.screen(path, shapes)
     try:
         CodedReader(path, shapes, coding).check()
     except RemoteProtocolError as error:

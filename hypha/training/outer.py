@@ -8,6 +8,10 @@ Everything is fp32 on the CPU with every multiply and every add rounded by itsel
 and no `addcmul`. One kernel's contraction would change the last bit from machine to machine, and records replayed
 elsewhere would not give the committed model. All files are walked together in pieces of a tensor: a merge needs the
 memory of a dozen pieces, however large the model and however many the workers.
+
+Where updates are coded (hypha.protocol.compression), U is what the coded file decodes to, here as at the workers. What
+coding lost is owed: with a coding that wants feedback it is added to the next U, and until then lies beside the
+momentum, each tensor's elements in pairs (v, owed).
 """
 
 import math
@@ -19,8 +23,10 @@ import torch
 from msgspec import Struct
 
 from hypha.errors import RemoteProtocolError
+from hypha.protocol.compression import PLAIN, Coding
 from hypha.protocol.job import OuterOptimizer
-from hypha.training.tensors import Reader, Shapes, Writer, Written, is_finite, mismatch
+from hypha.training.coded import CodedReader, CodedWriter
+from hypha.training.tensors import Piece, Reader, Shapes, Writer, Written, is_finite, mismatch
 
 PARTS = ("model", "momentum", "record", "update")
 
@@ -71,19 +77,42 @@ def nesterov(
     return velocity, update
 
 
-def pseudo_gradient(out: Path, base: Path, parameters: Mapping[str, torch.Tensor]) -> Written:
-    """Write Δ = θ_start − θ_end, θ_start being the file the round began with, θ_end the parameters now."""
-    start = Reader(base)
-    with Writer(out, start.layout.shapes()) as file:
+def pseudo_gradient(
+    out: Path,
+    base: Path,
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    coding: Coding = PLAIN,
+    generator: torch.Generator | None = None,
+    owed: Path | None = None,
+    lost: Path | None = None,
+) -> Written:
+    """Write Δ = θ_start − θ_end, θ_start being the file the round began with, θ_end the parameters now.
+
+    Plus what an earlier coding lost, `owed`; what this one loses is written to `lost`. Both are plain files.
+    Raises RemoteProtocolError: it cannot be coded.
+    """
+    start, debt = Reader(base), None if owed is None else Reader(owed)
+    shapes = start.layout.shapes()
+    with ExitStack() as stack:
+        file = stack.enter_context(CodedWriter(out, shapes, coding, generator))
+        rest = None if lost is None else stack.enter_context(Writer(lost, shapes))
         for piece in start.pieces():
-            file.append(start.part(piece) - piece.of(parameters[piece.name]))
+            delta = start.part(piece) - piece.of(parameters[piece.name])
+            if debt is not None:
+                delta += debt.part(piece)
+            sent = file.append(piece, delta)
+            if rest is not None:
+                rest.append(delta - sent)
+        if rest is not None:
+            rest.finish()
         return file.finish()
 
 
-def subtract(out: Path, base: Path, update: Path) -> Written:
+def subtract(out: Path, base: Path, update: Path, *, coding: Coding = PLAIN) -> Written:
     """Write θ' = θ − U: what every worker does with an outer update, as the parameter server did."""
-    model, change = Reader(base), Reader(update)
-    _same_tensors(change, model.layout.shapes(), "update")
+    model = Reader(base)
+    change = _coded(update, model.layout.shapes(), coding, "update")
     with Writer(out, model.layout.shapes()) as file:
         for piece in model.pieces():
             file.append(model.part(piece) - change.part(piece))
@@ -99,47 +128,106 @@ def zeros(out: Path, shapes: Shapes) -> Written:
 
 
 def step(
-    outs: Mapping[str, Path], *, model: Path, momentum: Path, shares: Sequence[Share], outer: OuterOptimizer
+    outs: Mapping[str, Path],
+    *,
+    model: Path,
+    momentum: Path,
+    shares: Sequence[Share],
+    outer: OuterOptimizer,
+    upward: Coding = PLAIN,
+    downward: Coding = PLAIN,
 ) -> Stepped:
-    """Merge contributions and take one outer step; `outs` names the four files by PARTS.
+    """Merge contributions, coded `upward`, and take one outer step; `outs` names the four files by PARTS.
 
-    Raises RemoteProtocolError: nothing to merge, wrong tensors, or a result that is not finite. Then no file is left.
+    The update is written as `downward` codes it. Raises RemoteProtocolError: nothing to merge, wrong tensors, or a
+    result that is not finite. Then no file is left.
     """
     counted = [share for share in shares if share.samples > 0]
     if not counted:
         raise RemoteProtocolError("a total weight of zero is not a step")
-    theta, velocity = Reader(model), Reader(momentum)
-    deltas = [(Reader(share.path), share.samples) for share in counted]
-    for share, (file, _) in zip(counted, deltas, strict=True):
-        _same_tensors(file, theta.layout.shapes(), f"contribution of {share.name}")
+    theta = Reader(model)
+    shapes = theta.layout.shapes()
+    velocity = Velocity(momentum, shapes)
+    deltas = [(_coded(share.path, shapes, upward, f"contribution of {share.name}"), share.samples) for share in counted]
     samples = sum(share.samples for share in counted)
     squares = 0.0
-    with _writers(outs, theta.layout.shapes()) as files:
+    with _outputs(outs, shapes, downward) as (files, sent):
         for piece in theta.pieces():
             gradient = mean(((file.part(piece), count) for file, count in deltas), samples=samples)
-            speed, update = nesterov(velocity.part(piece), gradient, outer)
-            after = theta.part(piece) - update
+            speed, owed = velocity.part(piece)
+            speed, update = nesterov(speed, gradient, outer)
+            if owed is not None and downward.feedback:
+                update += owed
+            applied = sent.append(piece, update)
+            after = theta.part(piece) - applied
             if not (is_finite(after) and is_finite(speed)):
                 raise RemoteProtocolError(f"the outer step makes tensor {piece.name!r} not finite")
-            for part, elements in zip(PARTS, (after, speed, gradient, update), strict=True):
-                files[part].append(elements)
-            squares += float(torch.linalg.vector_norm(update)) ** 2
-        written = {part: files[part].finish() for part in PARTS}
-    return Stepped(**written, update_norm=math.sqrt(squares))
+            files["model"].append(after)
+            files["momentum"].append(paired(speed, update - applied) if downward.feedback else speed)
+            files["record"].append(gradient)
+            squares += float(torch.linalg.vector_norm(applied)) ** 2
+        written = {part: file.finish() for part, file in files.items()}
+        return Stepped(**written, update=sent.finish(), update_norm=math.sqrt(squares))
 
 
-def _same_tensors(file: Reader, shapes: Shapes, what: str) -> None:
-    fault = mismatch(file.layout, shapes)
-    if fault is not None:
-        raise RemoteProtocolError(f"{what}: {fault}")
+class Velocity:
+    """Reads a momentum's file: v, and what is owed where the step that wrote it coded its update with feedback."""
+
+    def __init__(self, path: Path, shapes: Shapes) -> None:
+        self._file = Reader(path)
+        self._owing = mismatch(self._file.layout, pairs(shapes)) is None and bool(shapes)
+        fault = None if self._owing else mismatch(self._file.layout, shapes)
+        if fault is not None:
+            raise RemoteProtocolError(f"momentum: {fault}")
+
+    def part(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return v and what is owed, None where nothing can be."""
+        if not self._owing:
+            return self._file.part(piece), None
+        both = self._file.part(Piece(piece.name, 2 * piece.start, 2 * piece.stop)).view(-1, 2)
+        return both[:, 0].clone(), both[:, 1].clone()
+
+
+def pairs(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors that hold two numbers for every element."""
+    return {name: (*shape, 2) for name, shape in shapes.items()}
+
+
+def paired(speed: torch.Tensor, owed: torch.Tensor) -> torch.Tensor:
+    """Flat tensors as one, element beside element."""
+    return torch.stack((speed, owed), dim=1).reshape(-1)
+
+
+def _coded(path: Path, shapes: Shapes, coding: Coding, what: str) -> CodedReader:
+    try:
+        return CodedReader(path, shapes, coding)
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(f"{what}: {error}") from error
 
 
 @contextmanager
-def _writers(outs: Mapping[str, Path], shapes: Shapes) -> Iterator[dict[str, Writer]]:
+def _outputs(
+    outs: Mapping[str, Path], shapes: Shapes, downward: Coding
+) -> Iterator[tuple[dict[str, Writer], CodedWriter]]:
+    momentum = pairs(shapes) if downward.feedback else shapes
     with ExitStack() as stack:
-        yield {part: stack.enter_context(Writer(outs[part], shapes)) for part in PARTS}
+        files = {
+            part: stack.enter_context(Writer(outs[part], momentum if part == "momentum" else shapes))
+            for part in PARTS
+            if part != "update"
+        }
+        yield files, stack.enter_context(CodedWriter(outs["update"], shapes, downward))
 
 
-def replay(outs: Mapping[str, Path], *, model: Path, momentum: Path, record: Path, outer: OuterOptimizer) -> Stepped:
+def replay(
+    outs: Mapping[str, Path],
+    *,
+    model: Path,
+    momentum: Path,
+    record: Path,
+    outer: OuterOptimizer,
+    downward: Coding = PLAIN,
+) -> Stepped:
     """Take again the outer step whose Δ̄ was recorded: the same bits as when it was first taken."""
-    return step(outs, model=model, momentum=momentum, shares=[Share(record, 1, "record")], outer=outer)
+    shares = [Share(record, 1, "record")]
+    return step(outs, model=model, momentum=momentum, shares=shares, outer=outer, downward=downward)

@@ -23,6 +23,7 @@ from msgspec import Struct
 
 from hypha.errors import RemoteProtocolError, StoreError
 from hypha.protocol.bridge import FileRef
+from hypha.protocol.compression import PLAIN
 from hypha.protocol.tensorfile import LENGTH_BYTES, Layout, TensorSpec, header_length, layout, parse_header
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -232,16 +233,7 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def mismatch(found: Layout, shapes: Shapes) -> str | None:
     """Say how a file's names, shapes and dtypes differ from fp32 tensors of these shapes; None if they do not."""
-    missing, extra = sorted(shapes.keys() - found.tensors.keys()), sorted(found.tensors.keys() - shapes.keys())
-    if missing:
-        return f"tensor {missing[0]!r} is missing ({len(missing)} in all)"
-    if extra:
-        return f"tensor {extra[0]!r} is not of this model ({len(extra)} in all)"
-    for name, placed in found.tensors.items():
-        wanted = TensorSpec(name, "F32", tuple(shapes[name]))
-        if placed.spec != wanted:
-            return f"tensor {name!r} is {placed.spec}, expected {wanted}"
-    return None
+    return PLAIN.mismatch(found, shapes)
 
 
 def screen(path: Path, shapes: Shapes) -> str | None:

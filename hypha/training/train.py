@@ -6,9 +6,11 @@
                               └── UpdateArrived: θ ← θ_base − U ◀── wait
 
 What to do next is decided by hypha.training.standing. For every round not yet committed the executor keeps the base (a
-file), its inner state from the round's beginning, and its update: so it can go back and send that again.
+file), its inner state from the round's beginning, and its update: so it can go back and send that again. Beside the
+base lies what coding earlier updates lost (hypha.training.outer), and what coding this round's will have lost.
 """
 
+import hashlib
 import sys
 import time
 from collections import deque
@@ -73,6 +75,8 @@ class Kept:
     begun: bool = False  # inner steps were taken on it
     requests: int = 0  # FetchSamples made so far
     refusals: int = 0
+    owed: Path | None = None  # what codings before this round lost
+    lost: Path | None = None  # what will be owed once this round's update was accepted
 
 
 class Trainer:
@@ -86,6 +90,7 @@ class Trainer:
         self.parameters = models.parameters_of(self.inner.model)
         self.outlook = standing.Outlook()
         self.kept: dict[int, Kept] = {}
+        self.debts: set[Path] = set()
         self.here = 0
         self.reported_at = 0.0
         self.recent_s: deque[float] = deque(maxlen=RECENT_BATCHES)
@@ -126,7 +131,7 @@ class Trainer:
         with span_from(arrived.traceparent, "outer_update", round=arrived.round, close=arrived.close) as span:
             del self.outlook.updates[arrived.round]
             try:
-                written = outer.subtract(result, base, update)
+                written = outer.subtract(result, base, update, coding=self.job.compression.downward)
                 update.unlink(missing_ok=True)
             except RemoteProtocolError as error:
                 span.fail(error)
@@ -159,7 +164,7 @@ class Trainer:
     def _stand(self, round_: int, base: Path, digest: str) -> None:
         tensors.load_into(base, self.parameters)
         inner = self.inner.save(self.work_dir / f"inner-{round_}.safetensors")
-        self._replace(round_, Kept(base, digest, inner))
+        self._replace(round_, Kept(base, digest, inner, owed=self._owed(round_)))
         self.here = round_
         self.outlook.settle()
         self._ready()
@@ -173,6 +178,14 @@ class Trainer:
         if old is not None and old.base != kept.base:
             old.base.unlink(missing_ok=True)
 
+    def _owed(self, round_: int) -> Path | None:
+        """What a round that begins now has to make good: what the last accepted update before it lost."""
+        before = max((number for number in self.kept if number < round_), default=None)
+        if before is None:
+            return self.kept[round_].owed if round_ in self.kept else None
+        kept = self.kept[before]
+        return kept.lost if kept.contributed and kept.lost is not None else kept.owed
+
     def _committed(self, round_: int) -> None:
         """What was kept to undo rounds up to `round_` may go."""
         for number in [one for one in self.kept if one <= round_ and one != self.here]:
@@ -181,6 +194,10 @@ class Trainer:
             for path in (kept.base, kept.inner.path, update):
                 if path is not None:
                     path.unlink(missing_ok=True)
+        needed = {path for kept in self.kept.values() for path in (kept.owed, kept.lost)}
+        for path in self.debts - needed:
+            path.unlink(missing_ok=True)
+            self.debts.discard(path)
 
     # --- one round ---
 
@@ -227,9 +244,25 @@ class Trainer:
                 if isinstance(answer, SyncAt) and answer.round == round_:
                     sync_at = answer.batches
         self.inner.finished_round(round_, batches)
-        delta = outer.pseudo_gradient(self.work_dir / f"update-{round_}.safetensors", kept.base, self.parameters)
         mean_loss = loss_sum / samples if samples else 0.0
-        return self._update(kept, delta.ref(self.work_dir), feed.used, mean_loss)
+        return self._update(kept, self._coded(kept, feed.used), feed.used, mean_loss)
+
+    def _coded(self, kept: Kept, used: Sequence[Interval]) -> FileRef:
+        """Write what the parameters have become since the base, as the job codes it."""
+        coding = self.job.compression.upward
+        if coding.feedback:
+            kept.lost = self.work_dir / f"lost-{self.here}.safetensors"
+            self.debts.add(kept.lost)
+        delta = outer.pseudo_gradient(
+            self.work_dir / f"update-{self.here}.safetensors",
+            kept.base,
+            self.parameters,
+            coding=coding,
+            generator=generator_of(kept.digest, used),
+            owed=kept.owed,
+            lost=kept.lost,
+        )
+        return delta.ref(self.work_dir)
 
     def send(self, kept: Kept, update: SendUpdate) -> None:
         """Deliver an update, and take the answer to heart. Raises BridgeRefused."""
@@ -323,6 +356,12 @@ class Trainer:
         if isinstance(answer, Finish):
             self.outlook.over = "the scheduler is done"
         return answer
+
+
+def generator_of(base_digest: str, used: Sequence[Interval]) -> torch.Generator:
+    """Randomness of a worker's own, yet the same again: no two workers take the same samples on the same base."""
+    seed = hashlib.sha256(msgspec.json.encode((base_digest, sorted(used)))).digest()
+    return torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
 
 
 def work(session: Session, job: JobSpec, work_dir: Path) -> None:

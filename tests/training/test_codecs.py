@@ -150,6 +150,13 @@ def test_stochastic_rounding_repeats_with_its_generator_and_stays_within_a_step(
     assert float(lost.amax()) <= float(values.abs().amax()) / 7 * (1 + 1e-5)
 
 
+def test_the_largest_random_number_carries_no_element_into_its_neighbours_bits(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, generator: torch.full(shape, 1 - 2.0**-24))
+    values = torch.tensor([0.3, 7.0, 7.0, 0.0]) / 3
+    again = round_trip(values, Coding(codec="int4", stochastic=True))
+    assert again.tolist() == pytest.approx([1 / 3, 7 / 3, 7 / 3, 0.0])
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_whole_rows_alone_code_as_they_do_together(codec):
     coding, values = Coding(codec=codec), normal(3 * 4096 + 77)

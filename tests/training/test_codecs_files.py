@@ -28,7 +28,7 @@ def write(path, values, coding):
     found = {name: [torch.empty(0)] for name in shapes}
     with CodedWriter(path, shapes, coding) as file:
         for piece in tensors.pieces_of(shapes):
-            found[piece.name].append(file.append(piece.of(values[piece.name])))
+            found[piece.name].append(file.append(piece, piece.of(values[piece.name])))
         file.finish()
     return {name: torch.cat(parts) for name, parts in found.items()}
 
@@ -139,7 +139,7 @@ def test_plain_elements_that_are_not_finite_are_refused(tmp_path):
     values = values_of()
     values["layers"][1] = math.nan
     tensors.save(tmp_path / "update", values)
-    assert screen(tmp_path / "update", SHAPES, Coding()) == "update: tensor 'layers' is not finite"
+    assert screen(tmp_path / "update", SHAPES, Coding()) == "tensor 'layers' is not finite"
 
 
 def test_what_cannot_be_coded_leaves_no_file(tmp_path):
