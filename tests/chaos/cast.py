@@ -40,7 +40,7 @@ class Job(Struct, frozen=True, kw_only=True):
     """What is trained, and under which leases. `samples` per round, over all workers."""
 
     rounds: int
-    samples: int = 3200
+    samples: int = 4800
     ttl_s: float = 6.0
     deadline_s: float = 30.0
 

@@ -17,7 +17,7 @@ from hypha.dataset import Manifest, SliceEntry, render_manifest
 
 NAME = "chaos-classes"
 INPUTS, CLASSES, HIDDEN = 16, 8, 24
-SLICES, SLICE_SAMPLES, HELD_OUT_SAMPLES = 12, 1600, 2048
+SLICES, SLICE_SAMPLES, HELD_OUT_SAMPLES = 12, 2400, 2048
 # How sure the teacher is: a loss well above zero at the floor, and well below log(CLASSES).
 SHARPNESS = 2.0
 SCHEMA = {"inputs": f"F32[{INPUTS}]", "labels": "I64[]"}

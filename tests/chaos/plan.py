@@ -20,6 +20,8 @@ ROUNDS_BEFORE, ROUNDS_AFTER = 2, 4
 JOURNAL_BYTES_MAX = 1200
 STOP_SHARE, LONG_SHARE, OVERLAP_SHARE = 0.25, 0.2, 0.2
 PAUSE_MAX_S = 6.0
+# A scheduler that is back before its leases run out adopts them; importing takes it most of that time.
+SCHEDULER_PAUSE_MAX_S = 2.0
 
 
 class Strike(Struct, frozen=True, kw_only=True):
@@ -60,7 +62,7 @@ def _strike(chance: random.Random, number: int, role: str) -> Strike:
         round=ROUNDS_BEFORE + ROUNDS_BETWEEN * number + chance.randrange(ROUNDS_BETWEEN // 2),
         journal_bytes=chance.randrange(JOURNAL_BYTES_MAX),
         pick=chance.random(),
-        pause_s=chance.uniform(0.0, PAUSE_MAX_S),
+        pause_s=chance.uniform(0.0, SCHEDULER_PAUSE_MAX_S if role == "scheduler" else PAUSE_MAX_S),
         long=chance.random() < LONG_SHARE,
         overlaps=chance.random() < OVERLAP_SHARE,
     )

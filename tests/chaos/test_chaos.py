@@ -1,0 +1,128 @@
+"""The harness itself, without a network: what a seed decides, what a log tells, what counts as healed or lost."""
+
+import pytest
+
+from hypha.dataset import faults_of
+from hypha.demo.loglines import LogLine
+from tests.chaos import cast, dataset, plan
+from tests.chaos.aftermath import Aftermath, errors, growth
+from tests.chaos.report import replacements
+from tests.chaos.story import Story
+from tests.chaos.troupe import Use
+
+
+def told(*lines: tuple[str, dict]) -> Story:
+    """Return the story of lines that came a second apart."""
+    story = Story()
+    for now, (message, fields) in enumerate(lines):
+        story.take(LogLine("chaos", message, fields=fields), float(now))
+    return story
+
+
+def started(round_: int, epoch: int = 1) -> tuple[str, dict]:
+    return "Job started", {"round": round_, "job_epoch": epoch, "samples_total": 0, "model_digest": "d"}
+
+
+def opened(round_: int) -> tuple[str, dict]:
+    return "Round opened", {"round": round_}
+
+
+def committed(round_: int, contributors: int = cast.TRAINERS) -> tuple[str, dict]:
+    return "Round committed", {"round": round_, "contributors": contributors, "samples_total": round_ * 100}
+
+
+# --- the plan ---
+
+
+def test_a_seed_decides_everything():
+    assert plan.draw(30, 5) == plan.draw(30, 5)
+    assert plan.draw(30, 5) != plan.draw(30, 6)
+
+
+@pytest.mark.parametrize("kills", [1, 8, 300])
+def test_every_role_has_its_turn_before_any_has_two_more(kills):
+    roles = [strike.role for strike in plan.draw(kills, 3)]
+    counts = [roles.count(role) for role in plan.ROLES]
+    assert sum(counts) == kills
+    assert max(counts) - min(counts) <= 1
+
+
+def test_strikes_come_in_order_and_leave_rounds_to_heal_in():
+    strikes = plan.draw(50, 1)
+    rounds = [strike.round for strike in strikes]
+    assert rounds == sorted(rounds)
+    assert rounds[-1] + plan.ROUNDS_AFTER <= plan.rounds_for(50)
+
+
+# --- the story ---
+
+
+def test_a_step_that_was_merged_but_is_not_in_the_next_start_is_lost():
+    story = told(started(1), opened(1), opened(2), committed(1), opened(3), started(2, epoch=2))
+    assert (story.steps_lost, story.steps_lost_at_once_max) == (1, 1)
+
+
+def test_a_start_after_the_last_commit_lost_nothing():
+    story = told(started(1), opened(1), opened(2), committed(1), started(2, epoch=2))
+    assert (story.steps_lost, [start.round for start in story.starts]) == (0, [0, 1])
+
+
+def test_two_steps_lost_at_once_are_told_from_two_lost_one_by_one():
+    at_once = told(started(1), opened(1), opened(2), opened(3), started(1, epoch=2))
+    by_one = told(started(1), opened(1), opened(2), started(1, epoch=2), opened(1), opened(2), started(1, epoch=3))
+    assert [(s.steps_lost, s.steps_lost_at_once_max) for s in (at_once, by_one)] == [(2, 2), (2, 1)]
+
+
+def test_healed_is_a_round_that_opened_later_and_has_every_trainer():
+    story = told(committed(1), committed(2), committed(3, contributors=1), committed(4))
+    # Round 2 was open at the strike; round 3 had one trainer only.
+    assert story.whole_again(2, since=0.5) == 3.0
+    assert story.whole_again(4, since=0.5) is None
+
+
+def test_a_lost_trainer_is_replaced_when_all_are_in_a_round_again():
+    lost = ("Worker lost", {"work": "train"})
+    story = told(committed(1), lost, committed(2, contributors=1), committed(3), ("Worker lost", {"work": "aggregate"}))
+    assert list(replacements(story)) == [2.0]
+
+
+def test_the_end_is_taken_from_the_log():
+    end = {"samples": 700, "rounds": 7, "model_digest": "m", "model_file": "f", "wall_s": 9.5, "held_out": 0.25}
+    story = told(started(1), ("Held-out loss", {"round": 7, "loss": 0.25}), ("Job finished", end))
+    assert story.finished is not None
+    assert (story.finished.loss, story.finished.samples, story.finished.rounds) == (0.25, 700, 7)
+    assert story.held_out == {7: 0.25}
+    assert told(("Job failed", {"reason": "nobody came"})).failure == "nobody came"
+
+
+# --- the aftermath ---
+
+
+def test_growth_is_that_of_processes_which_lived_through_both_runs():
+    before = Aftermath((), (), {("worker-1", 10): Use(100.0, 12), ("worker-2", 11): Use(100.0, 12)})
+    after = Aftermath((), (), {("worker-1", 10): Use(104.5, 15), ("worker-2", 99): Use(500.0, 99)})
+    assert growth(before, after) == {"processes": 1, "memory_mb_max": 4.5, "open_files_max": 3}
+
+
+def test_errors_and_tracebacks_are_found_in_logs(tmp_path):
+    (tmp_path / "worker-1.log").write_text(
+        '{"message": "Job failed", "level": "error", "reason": "it broke"}\n'
+        '{"message": "Job failed", "level": "error", "reason": "it broke"}\n'
+        '{"message": "Lease lost", "level": "warn"}\n'
+        "Traceback (most recent call last):\n"
+    )
+    assert errors(tmp_path) == {
+        "worker-1: Job failed (it broke)": 2,
+        "worker-1: Traceback (most recent call last):": 1,
+    }
+
+
+# --- the scene ---
+
+
+def test_the_dataset_is_sound_and_the_same_for_a_seed(tmp_path):
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        dataset.write(tmp_path / name, seed)
+    assert faults_of(tmp_path / "one") == []
+    manifests = [(tmp_path / name / "dataset.toml").read_bytes() for name in ("one", "again", "other")]
+    assert manifests[0] == manifests[1] != manifests[2]
