@@ -42,6 +42,7 @@ class Terms(Struct, frozen=True, kw_only=True):
     updates: int
     quorum: int
     deadline_s: float
+    fewest: int = 0  # with fewer workers leased no round closes
 
 
 class Waiting(Struct, frozen=True, kw_only=True):
@@ -309,6 +310,8 @@ class RoundBook:
             return f"round {self.round}: {len(self._awaited)} leases of the last run are still being tried"
         if self.uncommitted is not None:
             return f"round {self.uncommitted.round} is not committed yet"
+        if (leased := len(self.members | self.followers)) < self.terms.fewest:
+            return f"round {self.round}: {leased} of {self.terms.fewest} workers without which the job waits"
         if not self.servers:
             return f"round {self.round}: no parameter server is ready"
         if self.pending is not None:

@@ -22,7 +22,7 @@ from hypha.runtime import Runtime
 from hypha.scheduler.config import CheckpointConfig
 from hypha.scheduler.standing import Standing
 from hypha.scheduler.store import Deposed, JobStore
-from hypha.telemetry import ChangeLogger, get_logger, span
+from hypha.telemetry import get_logger, span
 
 log = get_logger("scheduler.committer")
 
@@ -65,7 +65,6 @@ class Committer:
         self._patience_s = patience_s
         self._alive = alive
         self._standing = standing
-        self._said = ChangeLogger(log)
 
     def stores_state(self, round_made: int) -> bool:
         """Whether model and momentum of this round are kept."""
@@ -94,6 +93,7 @@ class Committer:
         while not path.is_file():
             living = [server for server in servers if self._alive(server)]
             if not living:
+                self._standing.clear("fetch")
                 log.warn("State lost before it was stored", part=wanted.part, round=wanted.round)
                 return False
             if not await self._fetch(wanted, living, path):
@@ -116,8 +116,9 @@ class Committer:
                     self._network, server.peer_id, message, path, runtime=self._runtime, patience_s=self._patience_s
                 )
             except (PeerUnreachable, RemoteProtocolError, StoreError) as error:
-                self._said.log_when_changed(wanted.part, f"{wanted.part} not stored yet: {error}", round=wanted.round)
+                self._standing.note("fetch", f"{wanted.part} of round {wanted.round} is not here yet", str(error))
             else:
+                self._standing.clear("fetch")
                 return True
         return False
 

@@ -42,7 +42,8 @@ class JobResources(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Who is wanted for the job.
 
     The run starts with `min_workers` at least and takes up to `workers`; each must have what `worker` says. `find_s`:
-    the job fails when they cannot be had by then.
+    the job fails when they cannot be had by then. Once it runs, it waits while fewer than `min_workers` are leased;
+    where that is not given, it goes on with whoever reaches the quorum.
     """
 
     workers: Annotated[int, Meta(ge=1, le=4096)] = 1

@@ -46,9 +46,12 @@ class Scribe:
 
     async def note(self, *records: Record) -> None:
         """Return once these are durable. Raises StoreError: then none is acknowledged."""
+        await self._on_disk(self._store.note, *records)
+
+    async def _on_disk(self, write: Callable[..., None], *records: Record) -> None:
         async with self._lock:
             try:
-                await self._runtime.run_blocking(self._store.note, *records)
+                await self._runtime.run_blocking(write, *records)
             except StoreError as error:
                 self._standing.note(SUBJECT, "The journal cannot be written", str(error))
                 raise
@@ -94,6 +97,5 @@ class Scribe:
             for each in found:
                 self._noted(each)
         if self._compact:
-            async with self._lock:
-                await self._runtime.run_blocking(self._store.compact)
+            await self._on_disk(self._store.compact)
             self._compact = False

@@ -163,7 +163,13 @@ class Scheduler:
 
     def _terms(self, job_id: str) -> Terms:
         rounds = self._job.rounds
-        return Terms(job_id=job_id, updates=rounds.updates, quorum=rounds.quorum, deadline_s=rounds.deadline_s)
+        return Terms(
+            job_id=job_id,
+            updates=rounds.updates,
+            quorum=rounds.quorum,
+            deadline_s=rounds.deadline_s,
+            fewest=self._job.resources.min_workers or 0,
+        )
 
     def _coordinator(self, book: RoundBook, store: JobStore, pool: Pool, epoch: int) -> Coordinator:
         rounds = self._job.rounds

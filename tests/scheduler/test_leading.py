@@ -102,6 +102,26 @@ def test_below_min_workers_the_job_fails_with_numbers_and_nobody_stays_leased(st
     stage.play(script)
 
 
+def test_below_min_workers_a_running_job_waits_and_says_so(stage):
+    stage = stage(trainers=3, rounds=4, deadline_s=5.0, resources={"min_workers": 3})
+
+    async def script(stage):
+        await stage.said("Round committed", "round=1")
+        gone = stage.trainers()[0]
+        stage.crash_now(gone)
+        await stage.said("Worker lost", gone)
+        await trio.sleep(20.0)
+        assert len(stage.rounds()) <= 2
+        reason = f"round {len(stage.rounds()) + 1}: 2 of 3 workers without which the job waits"
+        assert stage.job.waiting == reason
+        assert reason in (await stage.health()).detail["waiting"]
+        stage.start(gone)
+        await stage.done()
+        assert len(stage.rounds()) == 4
+
+    stage.play(script)
+
+
 def test_a_dear_offer_is_named_as_the_reason(stage):
     stage = stage(worker=DearMachine, resources={"find_s": 6.0, "worker_price": {"bid": 100.0, "max": 120.0}})
 
