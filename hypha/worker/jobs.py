@@ -201,6 +201,7 @@ class Jobs:
             session=session,
             directory=directory,
             threads=threads,
+            has_gpu=running.lease.resources.gpu > 0,
         )
         process: Executor | None = None
         code: int | None = None

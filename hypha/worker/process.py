@@ -65,6 +65,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     session: JobSession
     directory: Path
     threads: int
+    has_gpu: bool = False
 
 
 class Launcher(Protocol):
@@ -178,6 +179,8 @@ class ProcessLauncher:
     async def _spawn(self, command: list[str], what: Launch) -> trio.Process:
         threads = str(what.threads)
         own = {"OMP_NUM_THREADS": threads, "HYPHA_THREADS": threads, LEASE_VARIABLE: what.lease_id}
+        if not what.has_gpu:
+            own["CUDA_VISIBLE_DEVICES"] = ""  # torch takes every device that it sees; this lease paid for none
         try:
             return await trio.lowlevel.open_process(
                 command,

@@ -126,6 +126,20 @@ async def test_it_finds_its_job_its_directory_and_its_threads(machine):
     assert msgspec.json.decode((machine.job_dir / "job.json").read_bytes())["job_id"] == "job-1"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("has_gpu", "seen"), [(False, "''"), (True, "'0'")])
+async def test_it_sees_a_gpu_only_under_a_lease_that_holds_one(tmp_path, monkeypatch, has_gpu, seen):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    machine = Machine(tmp_path)
+    what = msgspec.structs.replace(
+        machine.what("import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"), has_gpu=has_gpu
+    )
+    with trio.fail_after(PATIENCE_S):
+        async with machine.launcher.launch(what) as running:
+            assert await running.wait() == 0
+    assert running.last_lines() == (seen,)
+
+
 # --- what it writes ---------------------------------------------------------------------------------------------------
 
 
@@ -327,5 +341,5 @@ async def test_ending_a_group_that_is_gone_is_no_error():
 
 
 def test_a_birth_is_the_same_whenever_it_is_asked_for():
-    assert birth_of(os.getpid()) == birth_of(os.getpid()) != birth_of(os.getppid())
+    assert birth_of(os.getpid()) == birth_of(os.getpid()) != birth_of(1)
     assert birth_of(2**22 + 1) is None
