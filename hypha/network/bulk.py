@@ -31,6 +31,7 @@ from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.errors import RemoteProtocolError
 from hypha.network import bulk_socket
+from hypha.network.dispatch import Slots
 from hypha.network.mtls import HandshakeRefused, MutualTls, reason_of
 from hypha.network.patches import FOREIGN
 from hypha.network.probe import reason_of_socket
@@ -41,8 +42,10 @@ PROTOCOL_ID = TProtocol("/hypha/bulk/1.0.0")
 ALPN = "hypha-bulk"
 TOKEN_BYTES = 32
 WELCOME = b"\x01"
-# Each holds up to two threads, two descriptors and a few MiB; who comes after them goes over the stream.
-TRANSFERS_MAX = 8
+# Each holds up to two threads, a descriptor and 4 MiB; who comes after them goes over the stream.
+TRANSFERS_MAX = 16
+# One peer that asks and then does nothing must not take the places of all others.
+TRANSFERS_PER_PEER_MAX = 4
 # A peer that resumes reads again what it has before it dials.
 OFFER_S = 120.0
 # The same address carries a connection already, so a dial either works at once or not at all.
@@ -84,26 +87,23 @@ class Offer:
 
 
 class BulkTransport(ISecureTransport):
-    """The bulk connections of one node. Bounded by TRANSFERS_MAX, whichever side dialled."""
+    """The bulk connections of one node. Their number is bounded, whichever side dialled."""
 
     def __init__(self, identity: Identity, tls: MutualTls) -> None:
         self._identity = identity
         self._tls = tls
         self._offers: dict[bytes, Offer] = {}
-        self._under_way = 0
+        self._places = Slots(total_max=TRANSFERS_MAX, per_peer_max=TRANSFERS_PER_PEER_MAX)
         self.limiter = trio.CapacityLimiter(2 * TRANSFERS_MAX)
 
     @contextmanager
-    def slot(self) -> Iterator[bool]:
+    def place(self, peer_id: str) -> Iterator[bool]:
         """Hold a place for one transfer while the context is open; False when there is none."""
-        if self._under_way >= TRANSFERS_MAX:
+        if not self._places.free(peer_id):
             yield False
             return
-        self._under_way += 1
-        try:
+        with self._places.taken(peer_id):
             yield True
-        finally:
-            self._under_way -= 1
 
     @contextmanager
     def offered(self, peer_id: str) -> Iterator[Offer]:

@@ -86,10 +86,9 @@ async def _dial(bulk: BulkTransport, side: Side, terms: Terms, held: ExitStack) 
     if token is _Heard.ENDED or side.has_finished:
         return None
     secured = None
-    address = side.connection.tcp_address
-    if address is not None and token != NO_TOKEN and held.enter_context(bulk.slot()):
+    address, peer_id = side.connection.tcp_address, side.connection.identity.peer_id
+    if address is not None and token != NO_TOKEN and held.enter_context(bulk.place(peer_id)):
         try:
-            peer_id = side.connection.identity.peer_id
             secured = await bulk.dial(*address, peer_id, token)
         except HandshakeRefused as refusal:
             log.info("No bulk connection; the stream serves", peer_id=peer_id, reason=str(refusal))
@@ -105,9 +104,9 @@ async def _dial(bulk: BulkTransport, side: Side, terms: Terms, held: ExitStack) 
 async def _offer(bulk: BulkTransport, side: Side, terms: Terms, held: ExitStack) -> BulkSocket | Unwanted | None:
     if side.has_finished:
         return None
-    offer = None
-    if side.connection.tcp_address is not None and held.enter_context(bulk.slot()):
-        offer = held.enter_context(bulk.offered(side.connection.identity.peer_id))
+    offer, peer_id = None, side.connection.identity.peer_id
+    if side.connection.tcp_address is not None and held.enter_context(bulk.place(peer_id)):
+        offer = held.enter_context(bulk.offered(peer_id))
     await side.send_all(MARK + (NO_TOKEN if offer is None else offer.token))
     verdict = await _hear(side, terms, len(YES))
     if verdict is _Heard.ANSWER:

@@ -15,8 +15,10 @@ from msgspec import Struct
 
 # Agreeing on a lane costs two round trips and a handshake, about 5 ms: the time in which a stream moves 6 MiB.
 LANE_BYTES_MIN = 8 << 20
-# So long a receiver waits for a byte, and a sender for room. Keep-alives on the stream find a dead peer sooner.
+# So long a receiver waits for a byte. Keep-alives on the stream find a dead peer sooner.
 STALL_S = 30.0
+# A sender waits longer: its receiver may be waiting for a disk, and gives up by itself when the connection is dead.
+SENDER_STALL_S = 120.0
 
 # Fills the beginning of the buffer and says how much of it; gives at least one byte. Blocks, so it runs in a thread.
 Read = Callable[[memoryview], int]

@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from hypha.errors import HyphaError, PeerUnreachable, RemoteProtocolError, StoreError
 from hypha.network.framing import ByteSource, ByteStream
-from hypha.network.lane import Terms, lane_of
+from hypha.network.lane import SENDER_STALL_S, Terms, lane_of
 from hypha.runtime import Runtime
 
 CHUNK_BYTES = 1 << 20
@@ -64,7 +64,7 @@ async def send_file(stream: ByteStream, path: Path, *, offset: int = 0, length: 
     """
     descriptor = await runtime.run_blocking(_open, path, os.O_RDONLY)
     try:
-        async with lane_of(stream, Terms(sending=True), length) as lane:
+        async with lane_of(stream, Terms(sending=True, stall_s=SENDER_STALL_S), length) as lane:
             if lane is None:
                 await _send_over(stream, descriptor, path, offset, length, runtime)
             else:

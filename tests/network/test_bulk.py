@@ -3,7 +3,7 @@
 import os
 import socket
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 
 import pytest
@@ -64,7 +64,7 @@ async def bring(asker, server, files) -> None:
 def at_rest(*networks) -> bool:
     """Whether nothing is held for any transfer."""
     return all(
-        not each._bulk._offers and not each._bulk._under_way and not each._bulk.limiter.borrowed_tokens
+        not each._bulk._offers and not each._bulk._places._total and not each._bulk.limiter.borrowed_tokens
         for each in networks
     )
 
@@ -124,6 +124,17 @@ async def test_where_the_dial_fails_the_stream_serves(nodes, tmp_path, dials, mo
     assert {"the port is closed": "refused", "no answer": "within 0.3 s", "another key": "certificate is of"}[
         why
     ] in reason
+
+
+async def test_a_peer_gets_so_many_places_and_others_still_find_some(nodes):
+    async with nodes.alone("a", "worker") as a:
+        held = ExitStack()
+        places = [held.enter_context(a._bulk.place("greedy")) for _ in range(bulk.TRANSFERS_PER_PEER_MAX + 1)]
+        assert places == [True] * bulk.TRANSFERS_PER_PEER_MAX + [False]
+        others = [held.enter_context(a._bulk.place(str(number))) for number in range(bulk.TRANSFERS_MAX)]
+        assert others.count(True) == bulk.TRANSFERS_MAX - bulk.TRANSFERS_PER_PEER_MAX
+        held.close()
+        assert at_rest(a)
 
 
 # --- who gets in -----------------------------------------------------------------------------------------------------
