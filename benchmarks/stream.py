@@ -1,9 +1,12 @@
-"""Bytes per second of one tensor stream between two processes, against blocking TLS sockets in the same run.
+"""Bytes per second between two processes, on both ways a transfer can go, against blocking TLS sockets in the same run.
 
-    sender (this process) ══ mutual TLS, yamux ══▶ receiver (child)      4 GiB, 1 MiB pieces, three repetitions
-    sender ══ ssl.SSLSocket.sendall ══▶ recv_into                       same certificates, same cipher
+    sender (this process) ══ ssl.SSLSocket.sendall ══▶ recv_into     baseline: same certificates, same cipher
+    sender ══ mutual TLS, yamux ══▶ receiver (child)                 muxed: a stream of the peers' connection
+    sender ══ mutual TLS ══▶ receiver                                bulk: a connection of its own, in threads
 
-Both receivers throw the bytes away. The figure is the ratio of the medians. `--gib N` changes the size.
+4 GiB, 1 MiB pieces, memory to memory, three repetitions, alternating, so that a slow minute hits all. Ratios are those
+of the medians. Beside that: four bulk transfers at once against one, requests beside a transfer at full speed, and the
+memory that a transfer takes. `--gib N` changes the size.
 """
 
 import argparse
@@ -16,91 +19,55 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import trio
 
 from benchmarks.certificates import Files, issue
 from benchmarks.report import Figure, print_report
-from hypha.config import NodeConfig
+from benchmarks.stream_peer import LANE, MEMORY, MUXED, PIECE_BYTES, config_of, forget_peak, memory_mib
 from hypha.network.host import Libp2pNetwork, open_network
-from hypha.network.seam import Peer, Stream
-from hypha.protocol.messages import Ack, FetchSlice, Health, HealthReport
+from hypha.network.lane import Terms, lane_of
+from hypha.protocol.messages import Ack, FetchSlice, FileHeader, Health
 from hypha.runtime import RealRuntime
 
 GIB = 1 << 30
-PIECE_BYTES = 1 << 20
 REPETITIONS = 3
-RATIO_WANTED = 0.5
+AT_ONCE = 4
+STREAM_WANTED, MUXED_WANTED, BULK_WANTED = 0.5, 0.65, 0.95
+REQUEST_P99_WANTED_MS = 20.0
+MEMORY_WANTED_MIB = 32.0
 # A lease renewal is a request like this one; beside a full-speed transfer it must still be quick.
-PINGS = 40
+PINGS = 100
 PING_EVERY_S = 0.02
 
-
-def config_of(files: Files) -> NodeConfig:
-    """Return a node's configuration that listens on a free loopback port."""
-    return NodeConfig(
-        cert_pem=files.cert_pem,
-        key_pem=files.key_pem,
-        trust_pem=files.trust_pem,
-        listen_addresses=("/ip4/127.0.0.1/tcp/0",),
-        relay_circuit=False,
-    )
+Transfer = Callable[["Bench", int], Awaitable[None]]
 
 
-# --- receiver --------------------------------------------------------------------------------------------------------
+class Bench(msgspec.Struct, frozen=True):
+    """Our side of the network, and who is at the other."""
+
+    network: Libp2pNetwork
+    peer_id: str
+    port: int
+    files: Files
 
 
-async def receive(files: Files) -> None:
-    """Print how to reach us, then swallow streams until standard input closes."""
-    identity = files.identity()
-    async with open_network(identity, config_of(files), role="worker", runtime=RealRuntime()) as network:
-
-        async def swallow(stream: Stream, _header: FetchSlice) -> None:
-            while await stream.receive_some(PIECE_BYTES):
-                pass
-            await stream.send_message(Ack())
-
-        async def health(_peer: Peer, _message: Health) -> HealthReport:
-            return HealthReport(peer_id=network.peer_id, role="worker", version="0", uptime_s=0.0)
-
-        network.accept_streams(FetchSlice, swallow)
-        network.serve(Health, health)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
-            print(f"{network.peer_id} {network.signed_addresses().hex()} {port}", flush=True)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(trio.to_thread.run_sync, _swallow_blocking, listener, files)
-                await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
-                nursery.cancel_scope.cancel()
+# --- one transfer ----------------------------------------------------------------------------------------------------
 
 
-def _swallow_blocking(listener: socket.socket, files: Files) -> None:
-    context = files.identity().server_context()
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    for _ in range(REPETITIONS):
-        plain, _address = listener.accept()
-        with context.wrap_socket(plain, server_side=True) as connection:
-            while connection.recv_into(buffer):
-                pass
-            connection.sendall(b"\x01")
+async def blocking(bench: Bench, size: int) -> None:
+    """Send over plain blocking TLS sockets."""
+    await trio.to_thread.run_sync(_send_blocking, bench.files.identity().client_context(), bench.port, size)
 
 
-# --- sender ----------------------------------------------------------------------------------------------------------
-
-
-def blocking_rate(files: Files, port: int, size: int) -> float:
-    """Return MB/s of one transfer over plain blocking TLS sockets."""
+def _send_blocking(context: ssl.SSLContext, port: int, size: int) -> None:
     piece = bytes(PIECE_BYTES)
-    context = files.identity().client_context()
     with context.wrap_socket(socket.create_connection(("127.0.0.1", port))) as connection:
-        started = time.perf_counter()
         for _ in range(size // PIECE_BYTES):
             connection.sendall(piece)
         connection = _finish_sending(connection)
         assert connection.recv(1) == b"\x01"
-        return size / (time.perf_counter() - started) / 1e6
 
 
 def _finish_sending(connection: ssl.SSLSocket) -> ssl.SSLSocket:
@@ -113,94 +80,161 @@ def _finish_sending(connection: ssl.SSLSocket) -> ssl.SSLSocket:
     return connection
 
 
-async def stream_rate(network: Libp2pNetwork, peer_id: str, size: int) -> float:
-    """Return MB/s of one transfer over a stream of the network."""
+async def muxed(bench: Bench, size: int) -> None:
+    """Send over a stream of the peers' connection."""
     piece = bytes(PIECE_BYTES)
-    stream = await network.open_stream(peer_id, FetchSlice(dataset="bench", manifest_digest=None, slice="bench"))
+    stream = await bench.network.open_stream(bench.peer_id, _header(MUXED, size))
+    try:
+        for _ in range(size // PIECE_BYTES):
+            await stream.send_all(piece)
+        await stream.send_eof()
+        await stream.receive_message(Ack)
+    finally:
+        await stream.aclose()
+
+
+async def bulk(bench: Bench, size: int) -> None:
+    """Send over a connection of its own; agreeing on it is part of the time."""
+    stream = await bench.network.open_stream(bench.peer_id, _header(LANE, size))
+    try:
+        async with lane_of(stream, Terms(sending=True), size) as lane:
+            assert lane is not None, "peers on one machine can dial each other"
+            await lane.send(len, size)
+        await stream.receive_message(Ack)
+    finally:
+        await stream.aclose()
+
+
+async def bulk_at_once(bench: Bench, size: int) -> None:
+    """Send the same amount in AT_ONCE bulk transfers side by side."""
+    async with trio.open_nursery() as nursery:
+        for _ in range(AT_ONCE):
+            nursery.start_soon(bulk, bench, size // AT_ONCE)
+
+
+def _header(name: str, size: int) -> FetchSlice:
+    return FetchSlice(dataset="bench", manifest_digest=None, slice=name, offset=size)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+async def rate(transfer: Transfer, bench: Bench, size: int) -> float:
+    """Return MB/s of one transfer."""
     started = time.perf_counter()
-    for _ in range(size // PIECE_BYTES):
-        await stream.send_all(piece)
-    await stream.send_eof()
-    await stream.receive_message(Ack)
-    elapsed = time.perf_counter() - started
-    await stream.aclose()
-    return size / elapsed / 1e6
+    await transfer(bench, size)
+    return size / (time.perf_counter() - started) / 1e6
 
 
-async def latencies(network: Libp2pNetwork, peer_id: str) -> list[float]:
-    """Return the milliseconds of PINGS requests, PING_EVERY_S apart, sorted."""
+async def latencies(bench: Bench, beside: Transfer | None, size: int) -> list[float]:
+    """Return the milliseconds of PINGS requests, PING_EVERY_S apart, sorted; transfers run beside them all the time."""
     taken = []
-    for _ in range(PINGS):
-        started = time.perf_counter()
-        await network.request(peer_id, Health())
-        taken.append((time.perf_counter() - started) * 1e3)
-        await trio.sleep(PING_EVERY_S)
+    async with trio.open_nursery() as nursery:
+        if beside is not None:
+            nursery.start_soon(_for_ever, beside, bench, size)
+        for _ in range(PINGS):
+            started = time.perf_counter()
+            await bench.network.request(bench.peer_id, Health())
+            taken.append((time.perf_counter() - started) * 1e3)
+            await trio.sleep(PING_EVERY_S)
+        nursery.cancel_scope.cancel()
     return sorted(taken)
 
 
+async def _for_ever(transfer: Transfer, bench: Bench, size: int) -> None:
+    while True:
+        await transfer(bench, size)
+
+
+async def peak_mib(bench: Bench) -> tuple[float, float]:
+    """Return the most memory that sender and receiver took since this was asked last."""
+    stream = await bench.network.open_stream(bench.peer_id, _header(MEMORY, 0))
+    theirs = (await stream.receive_message(FileHeader)).bytes / 2**20
+    await stream.aclose()
+    ours = memory_mib("VmHWM")
+    forget_peak()
+    return ours, theirs
+
+
+async def memory_of(transfer: Transfer, bench: Bench, size: int) -> float:
+    """Return what one transfer takes above rest, MiB, at the side where that is more."""
+    await peak_mib(bench)
+    rest = await peak_mib(bench)
+    await transfer(bench, size)
+    peak = await peak_mib(bench)
+    return max(after - before for before, after in zip(rest, peak, strict=True))
+
+
 async def measure(files: Files, said: str, size: int) -> tuple[list[Figure], dict[str, object]]:
-    """Run all repetitions, alternating, so that a slow minute hits both."""
+    """Run all repetitions, alternating, then what is measured beside a transfer."""
     peer_id, addresses, port = said.split()
-    plain, muxed = [], []
+    transfers: tuple[Transfer, ...] = (blocking, muxed, bulk, bulk_at_once)
+    rates: dict[Transfer, list[float]] = {each: [] for each in transfers}
     async with open_network(files.identity(), config_of(files), role="worker", runtime=RealRuntime()) as network:
         network.learn(peer_id, bytes.fromhex(addresses))
-        idle = await latencies(network, peer_id)
+        bench = Bench(network, peer_id, int(port), files)
+        requests = {"idle": await latencies(bench, None, 0)}
+        memory = {"muxed": await memory_of(muxed, bench, size), "bulk": await memory_of(bulk, bench, size)}
         for _ in range(REPETITIONS):
-            plain.append(await trio.to_thread.run_sync(blocking_rate, files, int(port), size))
-            muxed.append(await stream_rate(network, peer_id, size))
-        beside: list[float] = []
-
-        async def ping() -> None:
-            beside.extend(await latencies(network, peer_id))
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ping)
-            await stream_rate(network, peer_id, size)
-    ratio = statistics.median(muxed) / statistics.median(plain)
-    figures = [Figure("stream_to_blocking_tls", round(ratio, 3), RATIO_WANTED, "higher", "ratio")]
-    detail: dict[str, object] = {
+            for transfer in transfers:
+                rates[transfer].append(await rate(transfer, bench, size))
+        requests["beside muxed"] = await latencies(bench, muxed, size)
+        requests["beside bulk"] = await latencies(bench, bulk, size)
+    return _figures(rates, requests, memory), {
         "gib": size / GIB,
-        "stream_mb_s": [round(rate) for rate in muxed],
-        "blocking_tls_mb_s": [round(rate) for rate in plain],
-        "request_ms_idle": _quantiles(idle),
-        "request_ms_beside_stream": _quantiles(beside),
+        "mb_s": {each.__name__: [round(one) for one in found] for each, found in rates.items()},
+        "request_ms": {name: _quantiles(found) for name, found in requests.items()},
+        "memory_mib_above_rest": {name: round(found, 1) for name, found in memory.items()},
     }
-    return figures, detail
+
+
+def _figures(
+    rates: dict[Transfer, list[float]], requests: dict[str, list[float]], memory: dict[str, float]
+) -> list[Figure]:
+    median = {each: statistics.median(found) for each, found in rates.items()}
+    stream = round(median[muxed] / median[blocking], 3)
+    return [
+        Figure("stream_to_blocking_tls", stream, STREAM_WANTED, "higher", "ratio"),
+        Figure("muxed_to_blocking_tls", stream, MUXED_WANTED, "higher", "ratio"),
+        Figure("bulk_to_blocking_tls", round(median[bulk] / median[blocking], 3), BULK_WANTED, "higher", "ratio"),
+        Figure("four_bulk_to_one", round(median[bulk_at_once] / median[bulk], 3), 1.0, "higher", "ratio"),
+        *(
+            Figure(
+                f"request_p99_{name.replace(' ', '_')}",
+                _quantiles(requests[name])["p99"],
+                REQUEST_P99_WANTED_MS,
+                "lower",
+                "ms",
+            )
+            for name in ("beside muxed", "beside bulk")
+        ),
+        Figure("memory_above_rest", round(max(memory.values()), 1), MEMORY_WANTED_MIB, "lower", "MiB"),
+    ]
 
 
 def _quantiles(ordered: list[float]) -> dict[str, float]:
-    return {"p50": round(ordered[len(ordered) // 2], 2), "p99": round(ordered[int(len(ordered) * 0.99)], 2)}
+    return {
+        "p50": round(ordered[len(ordered) // 2], 2),
+        "p99": round(ordered[int(len(ordered) * 0.99)], 2),
+        "max": round(ordered[-1], 2),
+    }
 
 
 def main() -> None:
-    """Measure, or with --receive be the other process."""
+    """Measure; the other process is `benchmarks.stream_peer`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=4.0)
-    parser.add_argument("--receive", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.receive is not None:
-        run(receive, msgspec.json.decode(arguments.receive.read_bytes(), type=Files, dec_hook=_path))
-        return
-    size = int(arguments.gib * GIB) // PIECE_BYTES * PIECE_BYTES
+    size = int(parser.parse_args().gib * GIB) // (AT_ONCE * PIECE_BYTES) * AT_ONCE * PIECE_BYTES
     with tempfile.TemporaryDirectory(prefix="hypha-bench-") as folder:
         files = issue(Path(folder), {"sender": "worker", "receiver": "worker"})
         told = Path(folder) / "receiver.json"
         told.write_bytes(msgspec.json.encode(files["receiver"], enc_hook=str))
-        command = [sys.executable, "-m", "benchmarks.stream", "--receive", str(told)]
+        command = [sys.executable, "-m", "benchmarks.stream_peer", str(told)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
-            figures, detail = run(measure, files["sender"], child.stdout.readline(), size)
+            figures, detail = trio.run(measure, files["sender"], child.stdout.readline(), size)
             child.terminate()
     print_report("stream", figures, detail)
-
-
-def _path(kind: type, value: str) -> object:
-    return kind(value)
-
-
-def run(work: Callable[..., Awaitable[Any]], *arguments: object) -> Any:  # noqa: ANN401 - whatever `work` returns
-    """Run under trio."""
-    return trio.run(work, *arguments)
 
 
 if __name__ == "__main__":
