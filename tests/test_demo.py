@@ -345,20 +345,30 @@ async def test_cancelling_leaves_no_process(stage):
     assert stage.lost == []
 
 
-def test_the_guardian_knows_which_groups_are_left():
-    assert guardian.groups_left(["+12\n", "+34\n", "-12\n", "+1\n", "nonsense\n", "+x\n"]) == {34}
+def guarded() -> tuple[subprocess.Popen, subprocess.Popen]:
+    """Start a guardian, and a sleeper in its group."""
+    watching = subprocess.Popen([sys.executable, "-I", "-S", guardian.__file__], stdin=subprocess.PIPE, process_group=0)
+    said = python("import time; print('on', flush=True); time.sleep(60)")
+    sleeper = subprocess.Popen(said, stdout=subprocess.PIPE, process_group=watching.pid)
+    assert sleeper.stdout.readline() == b"on\n"
+    return watching, sleeper
 
 
-def test_the_guardian_ends_what_a_killed_demo_left():
-    sleeper = subprocess.Popen([*python("import time; time.sleep(60)")], start_new_session=True)
+@pytest.mark.parametrize(("last_word", "exit_of_the_sleeper"), [(b"", -signal.SIGTERM), (guardian.DONE, None)])
+def test_the_guardian_ends_what_a_killed_demo_left_and_only_that(last_word, exit_of_the_sleeper):
+    watching, sleeper = guarded()
     try:
-        with subprocess.Popen([sys.executable, "-I", "-S", guardian.__file__], stdin=subprocess.PIPE) as watching:
-            watching.stdin.write(f"+{sleeper.pid}\n".encode())
-            watching.stdin.close()
-            assert sleeper.wait(timeout=30) == -signal.SIGTERM
+        watching.stdin.write(last_word)
+        watching.stdin.close()
+        if exit_of_the_sleeper is None:
+            assert (watching.wait(30), sleeper.poll()) == (0, None)
+        else:
+            assert sleeper.wait(30) == exit_of_the_sleeper
     finally:
-        sleeper.kill()
-        sleeper.wait()
+        for each in (watching, sleeper):
+            each.kill()
+            each.wait()
+        sleeper.stdout.close()
 
 
 def test_a_free_port_is_one():

@@ -1,4 +1,4 @@
-"""The demo's processes: each in a process group of its own, its standard error in DIR/logs/NAME.log.
+"""The demo's processes: all in the guardian's process group, standard error of each in DIR/logs/NAME.log.
 
     step     run to the end, return its standard output        exit ≠ 0 ─▶ DemoFailed
     attend   run for as long as the demo wants
@@ -6,10 +6,10 @@
                its configuration was refused (exit 2) ─▶ DemoFailed at once
     cancelled: SIGTERM ─▶ grace ─▶ SIGKILL, and nothing of it is left
 
-The guardian hears of every group, so that not even SIGKILL of the demo leaves one behind.
+The guardian ends its group when the demo is gone, so that not even SIGKILL of the demo leaves a process behind; and a
+Ctrl-C in the terminal, which goes to the group in its foreground, reaches the demo alone.
 """
 
-import os
 import shlex
 import signal
 import subprocess
@@ -55,10 +55,10 @@ def in_words(code: int) -> str:
 class Processes:
     """Starts, restarts and stops them; made by `processes`."""
 
-    def __init__(self, directory: Path, environment: Mapping[str, str], watch: int, lost: Lost) -> None:
+    def __init__(self, directory: Path, environment: Mapping[str, str], group: int, lost: Lost) -> None:
         self._directory = directory
         self._environment = dict(environment)
-        self._watch = watch  # the guardian's standard input
+        self._group = group
         self._lost = lost
         self.running: dict[str, int] = {}  # name -> pid
 
@@ -105,7 +105,6 @@ class Processes:
     @asynccontextmanager
     async def _process(self, name: str, command: Sequence[str], stdout: int) -> AsyncIterator[trio.Process]:
         process = await self._start(name, command, stdout)
-        self._tell("+", process.pid)
         self.running[name] = process.pid
         try:
             yield process
@@ -113,7 +112,6 @@ class Processes:
             if not await _end(process):
                 self._lost(name, f"it did not stop within {STOP_GRACE_S:g} s")
             del self.running[name]
-            self._tell("-", process.pid)
 
     async def _start(self, name: str, command: Sequence[str], stdout: int) -> trio.Process:
         try:
@@ -125,15 +123,10 @@ class Processes:
                     stdin=subprocess.DEVNULL,
                     stdout=stdout,
                     stderr=log.fileno(),
-                    start_new_session=True,
+                    process_group=self._group,
                 )
         except OSError as error:
             raise DemoFailed(f"{command[0]} does not start: {error.strerror}") from error
-
-    def _tell(self, sign: str, group: int) -> None:
-        # Without a guardian the demo goes on: it is needed only if the demo is killed, too.
-        with suppress(BrokenPipeError):
-            os.write(self._watch, f"{sign}{group}\n".encode())
 
 
 def _appending(path: Path) -> BinaryIO:
@@ -141,28 +134,25 @@ def _appending(path: Path) -> BinaryIO:
 
 
 async def _end(process: trio.Process) -> bool:
-    """Return when nothing of the process's group is left: True if it stopped when asked to."""
+    """Return when the process is gone: True if it stopped when asked to."""
     if process.returncode is None:
-        _signal_group(process.pid, signal.SIGTERM)
+        process.terminate()
         with trio.move_on_after(STOP_GRACE_S, shield=True):
             await process.wait()
-    stopped = process.returncode is not None
-    # The leader, and children that outlived it; an executor is no such child, it has a group of its own.
-    _signal_group(process.pid, signal.SIGKILL)
+    if process.returncode is not None:
+        return True
+    process.kill()
     with trio.CancelScope(shield=True):
         await process.wait()
-    return stopped
-
-
-def _signal_group(group: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
+    return False
 
 
 @contextmanager
 def processes(directory: Path, environment: Mapping[str, str], lost: Lost) -> Iterator[Processes]:
     """Keep a guardian while the block runs; `lost` hears of every process that died, and how."""
     command = [sys.executable, "-I", "-S", str(Path(guardian.__file__))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watching:
-        assert watching.stdin is not None
-        yield Processes(directory, environment, watching.stdin.fileno(), lost)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0) as watching:
+        try:
+            yield Processes(directory, environment, watching.pid, lost)
+        finally:
+            watching.communicate(guardian.DONE)
