@@ -122,6 +122,8 @@ gateway_addresses = [{others}]
 
 _WORKER = """\
 work_dir = "../work/{name}"
+# Half the dataset: slices are fetched as long as the job runs.
+cache_bytes = 1048576
 
 [resources]
 cpu = 1.0

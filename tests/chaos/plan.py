@@ -18,6 +18,8 @@ ROUNDS_BETWEEN = 4
 ROUNDS_BEFORE, ROUNDS_AFTER = 2, 4
 # A grant takes about 300 bytes of the journal, a lease about 500.
 JOURNAL_BYTES_MAX = 1200
+# At the line itself: a round opens when the one before it is merged, and is committed within a tenth of a second.
+AT_ONCE_SHARE = 0.4
 STOP_SHARE, LONG_SHARE, OVERLAP_SHARE = 0.25, 0.2, 0.2
 PAUSE_MAX_S = 6.0
 # A scheduler that is back before its leases run out adopts them; importing takes it most of that time.
@@ -60,7 +62,7 @@ def _strike(chance: random.Random, number: int, role: str) -> Strike:
         stop=chance.random() < STOP_SHARE,
         moment=chance.choice(MOMENTS),
         round=ROUNDS_BEFORE + ROUNDS_BETWEEN * number + chance.randrange(ROUNDS_BETWEEN // 2),
-        journal_bytes=chance.randrange(JOURNAL_BYTES_MAX),
+        journal_bytes=0 if chance.random() < AT_ONCE_SHARE else chance.randrange(JOURNAL_BYTES_MAX),
         pick=chance.random(),
         pause_s=chance.uniform(0.0, SCHEDULER_PAUSE_MAX_S if role == "scheduler" else PAUSE_MAX_S),
         long=chance.random() < LONG_SHARE,

@@ -23,11 +23,11 @@ from tests.chaos.record import Archive
 from tests.chaos.story import Story
 from tests.chaos.troupe import Node, Running
 
-TICK_S = 0.05
-# Without a committed round for so long, something waits for ever.
-STUCK_S = 150.0
+TICK_S = 0.02
+# Without a committed round for so long, and for so many ttls, something waits for ever.
+STUCK_S, STUCK_TTLS = 120.0, 6
 # A run that is not whole again by then is struck all the same: too few may be left to be whole.
-HEAL_S = 45.0
+HEAL_S, HEAL_TTLS = 30.0, 3
 # Of nodes that died though nobody struck them; more is no accident.
 CRASHES_MAX = 5
 
@@ -118,8 +118,9 @@ class Play:
         self._repair(now)
         self._count_the_dead(now)
         self._look_after(now)
-        if now - self._progress_at > STUCK_S:
-            raise ChaosFailed(f"no round was committed for {STUCK_S:g} s; round {self.story.open_round} is open")
+        quiet_s = now - self._progress_at
+        if quiet_s > STUCK_S + STUCK_TTLS * self._job.ttl_s:
+            raise ChaosFailed(f"no round was committed for {quiet_s:.0f} s; round {self.story.open_round} is open")
 
     def _repair(self, now: float, *, everything: bool = False) -> None:
         due = [repair for repair in self._repairs if everything or repair.due <= now]
@@ -144,6 +145,8 @@ class Play:
         for each in self.outlived:
             if each.ended_s is None and not each.executor.lives:
                 each.ended_s = now - each.since
+                work, worker = each.executor.work, each.executor.worker
+                self._say(f"the {work} executor of {worker} ended {each.ended_s:.2f} s after its worker was killed")
         for blow in self.blows:
             if blow.healed_s is None:
                 whole = self.story.whole_again(blow.round_open, blow.at)
@@ -176,7 +179,7 @@ class Play:
         if not self.blows or strike.overlaps:
             return True
         last = self.blows[-1]
-        return last.healed_s is not None or time.monotonic() - last.at > HEAL_S
+        return last.healed_s is not None or time.monotonic() - last.at > HEAL_S + HEAL_TTLS * self._job.ttl_s
 
     def _journal_bytes(self) -> int:
         try:
