@@ -213,7 +213,9 @@ class Answers:
     async def _job_status(self, peer: Peer, message: JobStatus) -> Ack:
         job = self._job
         worker = self._worker(peer, message.lease_id, message.fence)
-        if not job.book.final:
+        if job.book.final:
+            job.finished(worker, message.reason)
+        else:
             # Finished is no better than failed while there are rounds to come: nobody works under this lease.
             job.failed(worker, message.reason, message.last_lines)
         return Ack()

@@ -97,9 +97,12 @@ class JobConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
-        """Refuse a quorum that the wanted workers could never reach."""
+        """Refuse a quorum that the wanted workers could never reach, and a codec under which training diverges."""
         if self.rounds.quorum > self.resources.workers:
             raise ValueError(f"rounds.quorum {self.rounds.quorum} exceeds resources.workers {self.resources.workers}")
+        if self.compression.outer_updates == "topk" and self.outer_optimizer.momentum > 0:
+            # What topk delays by some 1/density rounds, momentum goes on adding to: the model oscillates ever wider.
+            raise ValueError("compression.outer_updates 'topk' needs outer_optimizer.momentum 0")
 
     @property
     def dataset_config(self) -> DatasetConfig:

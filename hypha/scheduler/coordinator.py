@@ -174,6 +174,12 @@ class Coordinator:
         self._failed_in_a_row += 1
         self.replace(worker, f"its executor failed: {reason}")
 
+    def finished(self, worker: LeasedWorker, reason: str) -> None:
+        """A worker's executor exited after the last round: nothing is left to do under its lease."""
+        log.info("Worker done", worker=worker.member.peer_id, work=worker.work, reason=reason)
+        self.pool.drop(worker, "the job is over")
+        self.ended(worker.member)
+
     def exclude(self, found: tuple[Exclude, ...]) -> None:
         """Take exclusions that a rule found: they are journaled, then their samples return."""
         self.scribe.exclude(found)

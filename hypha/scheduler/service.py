@@ -39,6 +39,8 @@ log = get_logger("scheduler")
 
 # The last evaluation and the workers' own exits are worth waiting for, but not for ever.
 FAREWELL_S = 60.0
+# An executor that was told to stop writes its last batch of telemetry and exits; its worker says so.
+GOODBYE_S = 10.0
 # Leases that cannot be given back within this expire by themselves.
 RELEASE_S = 5.0
 FIND_BACKOFF_S = 0.5
@@ -264,7 +266,7 @@ class Scheduler:
             raise _first(errors) from errors
 
     async def _farewell(self, coordinator: Coordinator, pool: Pool) -> None:
-        """Wait for the last evaluation, then let every executor exit by itself."""
+        """Wait for the last evaluation, then let every executor exit by itself and its worker report that."""
         rounds = self._job.rounds
         if rounds.evaluate_every:
             with trio.move_on_after(FAREWELL_S):
@@ -272,9 +274,12 @@ class Scheduler:
                     worker.work == "aggregate" for worker in pool.live()
                 ):
                     await coordinator.changed()
-        async with trio.open_nursery() as nursery:
-            for worker in pool.live():
-                nursery.start_soon(self._cancel, worker, pool, coordinator)
+        with trio.move_on_after(GOODBYE_S):
+            async with trio.open_nursery() as nursery:
+                for worker in pool.live():
+                    nursery.start_soon(self._cancel, worker, pool, coordinator)
+            while pool.live():
+                await coordinator.changed()
 
     async def _cancel(self, worker: LeasedWorker, pool: Pool, coordinator: Coordinator) -> None:
         message = CancelJob(**pool.envelope(worker), job_id=coordinator.book.terms.job_id, reason="the job is over")

@@ -10,6 +10,7 @@ from hypha.protocol.auction import OfferConfig
 from hypha.protocol.codec import decode
 from hypha.protocol.messages import Progress, SliceGrant, SliceRequest
 from hypha.scheduler.records import Granted, LeaseEnded, LeaseHeld, Record
+from hypha.scheduler.service import GOODBYE_S
 from hypha.store.blobs import Artifact, Blobs
 from hypha.store.journal import open_journal
 from tests.scheduler.stage import Stage
@@ -68,6 +69,35 @@ def test_a_job_runs_to_its_end_and_leaves_what_it_made(stage):
         blobs.verify(Artifact(kind="momentum", round=3, digest=rounds[-1].merged.momentum_digest))
         assert {artifact.round for artifact in blobs.artifacts("model")} == {2, 3}
         assert all(not worker.worker.ledger.leases(worker.runtime.now()) for worker in stage.workers)
+
+    stage.play(script)
+
+
+def test_at_the_end_every_executor_exits_by_itself_and_its_worker_says_so(stage):
+    stage = stage(rounds=2)
+
+    async def script(stage):
+        await stage.done()
+        assert len(stage.lines("Job ended", "reason=finished")) == 3
+        assert len(stage.lines("Worker done", "reason=finished")) == 3
+        assert len(stage.lines("Job ended")) == 3
+
+    stage.play(script)
+
+
+def test_an_executor_that_does_not_exit_at_the_end_holds_nobody_up(stage):
+    stage = stage(rounds=2, evaluate_every=0)
+
+    async def script(stage):
+        await stage.said("Round committed", "round=1")
+        silent = stage.trainers()[0]
+        await stage.said("Round committed", "round=2")
+        for executor in stage.executors(silent):
+            executor.fail("stall")
+        over = trio.current_time()
+        await stage.said("Job finished")
+        assert trio.current_time() - over < GOODBYE_S + 1.0
+        await stage.done()
 
     stage.play(script)
 
