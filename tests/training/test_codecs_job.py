@@ -11,6 +11,7 @@ from hypha.protocol.bridge import Merge, MergeDone, MergeFailed, MergeInput, Res
 from hypha.protocol.compression import CODECS, PLAIN, Coding, Compression
 from hypha.protocol.job import JobSpec, OuterOptimizer, ResumePoint, Rounds
 from hypha.protocol.messages import Interval
+from hypha.scheduler.config import JobConfig
 from hypha.training import aggregate, outer, tensors, train
 from hypha.training.coded import CodedReader
 from tests.training.running import finish, start_server, start_workers
@@ -350,6 +351,23 @@ def test_a_job_says_how_its_updates_travel_and_old_ones_say_nothing():
 def test_a_codec_named_wrong_is_refused_with_its_key(table, reason):
     with pytest.raises(msgspec.ValidationError, match=reason):
         msgspec.convert(table, Compression)
+
+
+def scheduler_job(momentum, outer_updates):
+    return {
+        "model": {"config": {"layers": []}, "type": "torch"},
+        "dataset": "points",
+        "rounds": {"updates": 1, "samples_between_updates": 1},
+        "outer_optimizer": {"momentum": momentum},
+        "compression": {"pseudo_gradients": "topk", "outer_updates": outer_updates},
+    }
+
+
+def test_outer_updates_with_momentum_are_not_cut_to_the_largest():
+    with pytest.raises(msgspec.ValidationError, match=r"outer_updates 'topk' needs outer_optimizer\.momentum 0"):
+        msgspec.convert(scheduler_job(0.9, "topk"), JobConfig)
+    assert msgspec.convert(scheduler_job(0.0, "topk"), JobConfig).compression.downward.codec == "topk"
+    assert msgspec.convert(scheduler_job(0.9, "int4"), JobConfig).compression.upward.codec == "topk"
 
 
 def test_screened_is_what_a_server_answers(server):
