@@ -13,7 +13,7 @@ import queue
 import socket
 import ssl
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import TypeVar
 
@@ -37,6 +37,7 @@ SEND_BYTES = 256 << 10
 # The watch looks this often at whether bytes move, and counts them.
 WATCH_S = 0.5
 RECEIVED = b"\x01"
+_BACK, _OVER = "a buffer came back", "none will come back"
 _ABORT = struct.pack("ii", 1, 0)  # struct linger: on, 0 s
 # Not on every system: there the kernel's defaults hold.
 _NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", None)
@@ -104,13 +105,41 @@ def abort(connection: socket.socket) -> None:
 
 
 class _Buffers:
-    """What goes round between the thread that receives and the one that writes; None ends either's wait for good."""
+    """What goes round between the thread that receives and the one that writes; both end when told that it is over.
+
+    The buffer that came back last is taken first: while the writer keeps up, few are in use, and the cache holds them.
+    """
 
     def __init__(self) -> None:
-        self.free: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
-        self.full: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._spare = [bytearray(CHUNK_BYTES) for _ in range(BUFFERS)]
+        self._returned: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         for _ in range(BUFFERS):
-            self.free.put(bytearray(CHUNK_BYTES))
+            self._returned.put(_BACK)
+
+    def take(self) -> bytearray | None:
+        """Wait for a free one; None when the writer has failed."""
+        return self._spare.pop() if self._returned.get() is _BACK else None
+
+    def fill(self, view: memoryview) -> None:
+        """Hand over what was received."""
+        self._full.put(view)
+
+    def filled(self) -> Iterator[memoryview]:
+        """Yield what was received, for as long as more comes; a buffer is free again when the next one is asked for."""
+        while (view := self._full.get()) is not None:
+            yield view
+            assert isinstance(view.obj, bytearray)
+            self._spare.append(view.obj)
+            self._returned.put(_BACK)
+
+    def no_more(self) -> None:
+        """Nothing more will be received."""
+        self._full.put(None)
+
+    def nobody_writes(self) -> None:
+        """Nothing will come back."""
+        self._returned.put(_OVER)
 
 
 class BulkSocket:
@@ -173,14 +202,14 @@ class BulkSocket:
         try:
             while self._moved < length:
                 self._writing = True
-                buffer = buffers.free.get()
+                buffer = buffers.take()
                 self._writing = False
                 if buffer is None:
                     return  # whoever writes has failed and says why
                 self._fill(memoryview(buffer)[: min(CHUNK_BYTES, length - self._moved)], buffers)
             self._socket.sendall(RECEIVED)
         finally:
-            buffers.full.put(None)
+            buffers.no_more()
 
     def _fill(self, view: memoryview, buffers: _Buffers) -> None:
         filled = 0
@@ -193,19 +222,17 @@ class BulkSocket:
                 filled += came
                 self._moved += came
         finally:
-            buffers.full.put(view[:filled])
+            buffers.fill(view[:filled])
 
     def _write(self, buffers: _Buffers, write: Write) -> None:
         try:
-            while (view := buffers.full.get()) is not None:
+            for view in buffers.filled():
                 write(view)
-                assert isinstance(view.obj, bytearray)
-                buffers.free.put(view.obj)
         except BaseException:
             self._stop("it could not be written")
             raise
         finally:
-            buffers.free.put(None)
+            buffers.nobody_writes()
 
     def _require_running(self) -> None:
         if self._stopped:
