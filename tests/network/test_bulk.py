@@ -1,6 +1,7 @@
 """Connections of their own for large transfers: when there is one, who gets in, and what ends it."""
 
 import os
+import random
 import socket
 import threading
 from contextlib import ExitStack, suppress
@@ -8,16 +9,21 @@ from datetime import UTC, datetime
 
 import pytest
 import trio
+from blake3 import blake3
 
+from hypha import data_node
 from hypha.errors import PeerUnreachable
 from hypha.network import bulk, bulk_socket
 from hypha.network.bulk import BulkTransport
+from hypha.network.fetch import Providers, fetch_slice, provider_key
 from hypha.network.lane import LANE_BYTES_MIN, Terms, lane_of
 from hypha.network.mtls import HandshakeRefused
+from hypha.network.transfer import send_file
 from hypha.pki import issue_node, load_identity
-from hypha.protocol.messages import FetchSlice
+from hypha.protocol.messages import FetchSlice, FileHeader, SliceRef
+from hypha.runtime import RealRuntime
 from hypha.telemetry import metrics
-from tests.network.cast import fetch, opened
+from tests.network.cast import DIGEST, fetch, opened
 from tests.network.contract_transfers import Files, Outcome
 from tests.network.libp2p_nodes import Nodes, answering, introduce, running, until
 
@@ -84,6 +90,34 @@ async def test_only_a_large_file_gets_a_connection_of_its_own(nodes, tmp_path, d
         assert metrics.NETWORK_BYTES_SENT.total() - sent >= size
         assert [len(conns) for conns in a._swarm.connections.values()] == [1]
         assert at_rest(a, b)
+
+
+async def test_a_slice_comes_that_way_from_a_data_node_and_is_counted_there(nodes, tmp_path, dials):
+    data = random.Random(1).randbytes(LANE_BYTES_MIN + 5)
+    (tmp_path / "source").write_bytes(data)
+    ref = SliceRef(name="one", samples=1, bytes=len(data), digest=blake3(data).hexdigest(), digest_algorithm="blake3")
+    header = FileHeader(bytes=ref.bytes, digest=ref.digest)
+    runtime = RealRuntime()
+    async with (
+        nodes.alone("gateway", "gateway") as gateway,
+        nodes.joined(gateway, "a", "worker") as a,
+        nodes.joined(gateway, "b", "data") as b,
+    ):
+
+        async def serve(stream, wanted) -> None:
+            await stream.send_message(header)
+            counted, length = data_node.Counted(stream, "counted"), ref.bytes - wanted.offset
+            await send_file(counted, tmp_path / "source", offset=wanted.offset, length=length, runtime=runtime)
+            await stream.send_eof()
+
+        b.accept_streams(FetchSlice, serve)
+        await b.provide(provider_key("d", DIGEST))
+        before = metrics.BYTES_SERVED.total()
+        providers = Providers(a, runtime, "d")
+        await fetch_slice(a, runtime, providers, ref, tmp_path / "copy", manifest_digest=DIGEST)
+        assert (tmp_path / "copy").read_bytes() == data
+        assert dials == ["connected"]
+        await until(lambda: metrics.BYTES_SERVED.total() - before == len(data))
 
 
 async def test_through_a_relay_the_stream_serves(nodes, tmp_path, dials):
