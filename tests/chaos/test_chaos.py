@@ -1,14 +1,19 @@
 """The harness itself, without a network: what a seed decides, what a log tells, what counts as healed or lost."""
 
+import json
+import signal
+import subprocess
+
 import pytest
 
 from hypha.dataset import faults_of
 from hypha.demo.loglines import LogLine
+from hypha.worker.process import birth_of
 from tests.chaos import cast, dataset, plan
-from tests.chaos.aftermath import Aftermath, errors, growth
+from tests.chaos.aftermath import Aftermath, errors, growth, strangers
 from tests.chaos.report import replacements
 from tests.chaos.story import Story
-from tests.chaos.troupe import Use
+from tests.chaos.troupe import Use, executors, job_directories, signal_group
 
 
 def told(*lines: tuple[str, dict]) -> Story:
@@ -115,6 +120,29 @@ def test_errors_and_tracebacks_are_found_in_logs(tmp_path):
         "worker-1: Job failed (it broke)": 2,
         "worker-1: Traceback (most recent call last):": 1,
     }
+
+
+def test_a_process_in_the_directory_is_a_stranger_as_long_as_it_lives(tmp_path):
+    with subprocess.Popen(["sleep", "60"], cwd=tmp_path) as left:
+        found = strangers(tmp_path, ())
+        left.kill()
+    assert [words.partition(":")[0] for words in found] == [str(left.pid)]
+    assert strangers(tmp_path, ()) == []
+
+
+def test_executors_and_their_directories_are_found_by_the_workers_files(tmp_path):
+    work = tmp_path / "work" / "worker-3"
+    (work / "processes").mkdir(parents=True)
+    (work / "hypha-job-7").mkdir()
+    (work / "hypha-job-7" / "job.json").write_text('{"work": "aggregate"}')
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        record = {"pgid": process.pid, "birth": birth_of(process.pid)}
+        (work / "processes" / "lease.json").write_text(json.dumps(record))
+        (found,) = executors(tmp_path)
+        signal_group(found.pgid, signal.SIGKILL)
+    assert (found.worker, found.work, found.pgid) == ("worker-3", "aggregate", process.pid)
+    assert executors(tmp_path) == []
+    assert job_directories(tmp_path) == [work / "hypha-job-7"]
 
 
 # --- the scene ---
