@@ -121,6 +121,8 @@ class Invariants:
     def _check_scheduler(self, coordinator: Coordinator) -> None:
         view = coordinator.book.view(coordinator.runtime.now())
         if view is not None:
+            if view.round > view.committed_round + 2:
+                raise Broken("L5 one step may be uncommitted", f"round {view.round} opens on {view.committed_round}")
             self._members.setdefault((view.job_epoch, view.round), set()).update(view.members)
         for leased in coordinator.pool.live():
             self._check_held(leased.member)

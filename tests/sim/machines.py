@@ -91,6 +91,7 @@ class WorkerMachine(Machine):
     pace = Pace()
     worker: Worker | None = None
     launcher: SimLauncher | None = None
+    stopping: trio.Event
     chronicle: Chronicle
 
     async def main(self, network: Network, runtime: VirtualRuntime) -> None:
@@ -100,7 +101,8 @@ class WorkerMachine(Machine):
             remove_leftovers(self.directory)
             self.launcher = SimLauncher(runtime, self.pace, lambda what: self.chronicle.note(self.name, what))
             self.worker = Worker(network, runtime, self.config(), self.launcher, fences)
-            await self.worker.run()
+            self.stopping = trio.Event()
+            await self.worker.run(stopping=self.stopping)
 
     def config(self) -> WorkerConfig:
         """A machine for one job at a time, impatient enough for short simulations."""

@@ -31,7 +31,7 @@ LOSSY = FaultProfile(
 HARSH = structs.replace(LOSSY, loss=0.1, latency_s=0.02)
 CLOCK_DRIFT = 0.05
 SLOW_DISK_S = 0.4
-SLOW_DISK_CHANCE = 0.3
+SLOW_DISK_CHANCE = 0.2
 # A job without faults takes about so long: the faults fall into it.
 BUSY_S = 14.0
 
@@ -89,7 +89,7 @@ def draw(seed: int) -> Scenario:
     chance = random.Random(f"scenario:{seed}")
     flavour = FLAVOURS[seed % len(FLAVOURS)]
     trainers = chance.randint(2, 4)
-    everything = flavour == "everything"
+    slow_disk = 0.0 if flavour == "calm" else SLOW_DISK_CHANCE
     return Scenario(
         seed=seed,
         flavour=flavour,
@@ -104,7 +104,7 @@ def draw(seed: int) -> Scenario:
         evaluate_every=chance.choice((0, 1, 2)),
         checkpoint_every=chance.choice((1, 2, 3)),
         blocking_s=chance.choice((0.0, 0.002)),
-        disk_s=SLOW_DISK_S if everything and chance.random() < SLOW_DISK_CHANCE else chance.choice((0.0, 0.002)),
+        disk_s=SLOW_DISK_S if chance.random() < slow_disk else chance.choice((0.0, 0.002)),
         rates=tuple(chance.uniform(1 - CLOCK_DRIFT, 1 + CLOCK_DRIFT) for _ in range(12)) if flavour != "calm" else (),
         paces=tuple(chance.choice((0.15, 0.3, 0.3, 0.7)) for _ in range(8)),
         profile=_profile(flavour, chance),
