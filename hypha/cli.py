@@ -76,7 +76,9 @@ SCHEDULER = Role(
     _scheduler_run,
     starts_over=True,
 )
-WORKER = Role("worker", "Leases this machine out and runs jobs on it.", _worker_config, _worker_run)
+WORKER = Role(
+    "worker", "Leases this machine out and runs jobs on it.", _worker_config, _worker_run, leaves_politely=True
+)
 DATA = Role("data", "Serves datasets to workers.", _data_config, _data_run)
 
 gateway_app = role_app(GATEWAY)

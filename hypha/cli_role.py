@@ -51,6 +51,8 @@ class Role(Struct, frozen=True):
     run: Callable[[], Run]
     # Its `run` takes fresh=True: what it did before is set aside.
     starts_over: bool = False
+    # Its `run` takes stopping=Event: once that is set it leaves politely and returns.
+    leaves_politely: bool = False
 
     @property
     def program(self) -> str:
@@ -199,7 +201,7 @@ def _start(
         from hypha.cli_run import run_role
 
         loaded = role.read(path, overrides)
-        run_role(role.program, run(), loaded)
+        run_role(role.program, run(), loaded, polite=role.leaves_politely)
 
 
 def _probe_command(role: Role) -> Callable[..., None]:

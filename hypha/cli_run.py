@@ -11,6 +11,7 @@ command line; any other HyphaError is one error line.
 
 import signal
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any
 
 import trio
@@ -24,13 +25,13 @@ from hypha.runtime import boot_time
 from hypha.telemetry import metrics
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-Run = Callable[[Any], Coroutine[Any, Any, None]]
+Run = Callable[..., Coroutine[Any, Any, None]]
 
 _log = telemetry.get_logger("cli")
 
 
-def run_role(program: str, run: Run, config: NodeConfig) -> None:
-    """Run a role until it returns or a signal comes.
+def run_role(program: str, run: Run, config: NodeConfig, *, polite: bool = False) -> None:
+    """Run a role until it returns or a signal comes; a `polite` one is asked to leave first.
 
     Raises ConfigError; any other failure of the role is logged as an error and ends in SystemExit(1).
     """
@@ -40,15 +41,15 @@ def run_role(program: str, run: Run, config: NodeConfig) -> None:
     try:
         for warning in identity.warnings:
             _log.warn(warning)
-        _run_until_stopped(run, config, started)
+        _run_until_stopped(run, config, started, polite=polite)
     finally:
         running.shutdown()
 
 
-def _run_until_stopped(run: Run, config: NodeConfig, started: float) -> None:
+def _run_until_stopped(run: Run, config: NodeConfig, started: float, *, polite: bool) -> None:
     faults: list[HyphaError] = []
     try:
-        trio.run(supervise, run, config)
+        trio.run(partial(supervise, run, config, polite=polite))
     except* HyphaError as group:
         faults = list(_leaves(group))
     for fault in faults:
@@ -67,8 +68,12 @@ def _run_until_stopped(run: Run, config: NodeConfig, started: float) -> None:
         raise SystemExit(EXIT_FAILED)
 
 
-async def supervise(run: Run, config: NodeConfig) -> None:
-    """Await `run(config)`; the first signal cancels it, later ones are swallowed while it cleans up."""
+async def supervise(run: Run, config: NodeConfig, *, polite: bool = False) -> None:
+    """Await `run(config)`; the first signal cancels it, later ones are swallowed while it cleans up.
+
+    A `polite` role is run with `stopping`, an event that the first signal sets; then the second one cancels.
+    """
+    stopping = trio.Event()
     with trio.open_signal_receiver(*SIGNALS) as signals:
         async with trio.open_nursery() as watch:
             work = trio.CancelScope()
@@ -76,11 +81,13 @@ async def supervise(run: Run, config: NodeConfig) -> None:
             async def stop_on_signal() -> None:
                 async for number in signals:
                     _log.info("Stopping", signal=signal.Signals(number).name)
-                    work.cancel()
+                    if not polite or stopping.is_set():
+                        work.cancel()
+                    stopping.set()
 
             watch.start_soon(stop_on_signal)
             with work:
-                await run(config)
+                await (run(config, stopping=stopping) if polite else run(config))
             watch.cancel_scope.cancel()
 
 

@@ -167,6 +167,21 @@ async def test_first_signal_cancels_the_role_and_later_ones_do_not_disturb_its_c
     assert done == ["cleaned up"]
 
 
+async def test_a_polite_role_is_told_first_and_cancelled_by_the_second_signal():
+    done = []
+
+    async def polite(_config: object, *, stopping: trio.Event) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        await stopping.wait()
+        done.append("told")
+        signal.raise_signal(signal.SIGTERM)
+        await trio.sleep_forever()
+
+    with trio.fail_after(5):
+        await supervise(polite, None, polite=True)
+    assert done == ["told"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signalled_process_exits_with_0_and_no_error(toml, tmp_path, number):

@@ -215,6 +215,8 @@ class Answers:
         worker = self._worker(peer, message.lease_id, message.fence)
         if job.book.final:
             job.finished(worker, message.reason)
+        elif message.leaving:
+            await job.left(worker, message.reason)
         else:
             # Finished is no better than failed while there are rounds to come: nobody works under this lease.
             job.failed(worker, message.reason, message.last_lines)

@@ -38,6 +38,8 @@ BACKOFF_MAX_S = 5.0
 # So many failures with no round committed between them are not bad luck.
 FAILURES_IN_A_ROW_MAX = 6
 FAILURES_KEPT = 32
+# A worker that leaves says so as soon as its update is delivered; the server's word of that may be a little behind.
+LAST_WORD_S = 1.0
 # A parameter server that refused to merge, and of which nothing new was heard for so long, is replaced.
 REFUSAL_STANDS_S = 5.0
 
@@ -178,6 +180,18 @@ class Coordinator:
         """A worker's executor exited after the last round: nothing is left to do under its lease."""
         log.info("Worker done", worker=worker.member.peer_id, work=worker.work, reason=reason)
         self.pool.drop(worker, "the job is over")
+        self.ended(worker.member)
+
+    async def left(self, worker: LeasedWorker, reason: str) -> None:
+        """A worker goes of its own will: nothing failed, and what it contributed counts."""
+        key = (worker.member.peer_id, worker.member.fence)
+        with trio.move_on_after(LAST_WORD_S if worker.member in self.book.members else 0):
+            while key not in self.book.accepted():
+                await self.changed()
+        if not self.pool.is_live(worker.member):
+            return
+        log.info("Worker left", worker=worker.member.peer_id, work=worker.work, reason=reason)
+        self.pool.drop(worker, reason)
         self.ended(worker.member)
 
     def exclude(self, found: tuple[Exclude, ...]) -> None:

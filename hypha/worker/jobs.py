@@ -43,6 +43,9 @@ S = TypeVar("S", TrainSession, AggregateSession)
 
 # A job that was told to stop gets so long to finish its batch and exit before its process group is killed.
 STOP_GRACE_S = 10.0
+# On leaving, a batch is finished and what was trained is delivered, but whoever stops us does not wait for ever.
+CONTRIBUTE_S = 4.0
+LEAVING = "the worker is shutting down"
 # On shutdown the schedulers are told at once, so that they need not wait for the leases to run out.
 FAREWELL_S = 1.0
 JOB_DIRECTORY_PREFIX = "hypha-"
@@ -66,6 +69,8 @@ class RunningJob:
         self.session = session
         self.scope = trio.CancelScope()
         self.killed: str | None = None
+        self.leaving = False
+        self.over = trio.Event()
 
     def kill(self, reason: str) -> None:
         """End it now."""
@@ -164,6 +169,21 @@ class Jobs:
             and self._ledger.live(lease.lease_id, fence=lease.fence, now=now) is not None
         )
 
+    async def leave(self) -> None:
+        """Let every executor give what it has, then end all jobs; returns once the schedulers know."""
+        async with trio.open_nursery() as nursery:
+            for running in list(self._running.values()):
+                nursery.start_soon(self._leave, running)
+
+    async def _leave(self, running: RunningJob) -> None:
+        session, running.leaving = running.session, True
+        session.leave()
+        with trio.move_on_after(CONTRIBUTE_S):
+            while not session.gave_all() and not session.ended:
+                await session.changed()
+        running.kill(LEAVING)
+        await running.over.wait()
+
     # --- one job --------------------------------------------------------------------------------------------------
 
     async def _run(self, running: RunningJob, executor: ExecutorConfig, directory: Path) -> None:
@@ -190,6 +210,7 @@ class Jobs:
         status = "success" if outcome.finished else "failure"
         metrics.JOB_DURATION.record(self._runtime.now() - started, work=job.work, status=status)
         await self._tell(running, outcome)
+        running.over.set()
 
     async def _supervise(self, running: RunningJob, executor: ExecutorConfig, directory: Path) -> Outcome:
         session = running.session
@@ -247,7 +268,7 @@ class Jobs:
 
     async def _take_leave(self, running: RunningJob) -> None:
         """Tell the scheduler once that this worker goes; whether it hears that changes nothing here."""
-        outcome = Outcome(finished=False, reason="the worker is shutting down")
+        outcome, running.leaving = Outcome(finished=False, reason=LEAVING), True
         log.info("Job ended", job_id=running.job.job_id, lease_id=running.lease.lease_id, reason=outcome.reason)
         with trio.CancelScope(shield=True):
             try:
@@ -266,6 +287,7 @@ def _status(running: RunningJob, outcome: Outcome) -> JobStatus:
         fence=lease.fence,
         finished=outcome.finished,
         reason=outcome.reason[:8000],
+        leaving=running.leaving and not outcome.finished,
         last_lines=tuple(line[:2048] for line in outcome.last_lines),
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from hypha.errors import RemoteProtocolError
 from hypha.protocol import bridge
-from hypha.protocol.messages import Member
+from hypha.protocol.messages import Member, RoundView
 from hypha.telemetry import get_logger
 from hypha.worker.session import Session
 
@@ -35,10 +35,16 @@ class Redelivery:
     def delivered(self, update: bridge.SendUpdate) -> None:
         """Every server that it was just pushed to holds this."""
         self._update, self._holders = update, self._pushed_to()
+        self._session.wake()
+
+    def covers(self, view: RoundView) -> bool:
+        """Whether the update delivered last is of this view's round."""
+        update = self._update
+        return update is not None and (view.round, view.base_digest) == (update.round, update.base_digest)
 
     def _is_due(self) -> bool:
-        view, update = self._session.view, self._update
-        if view is None or update is None or (view.round, view.base_digest) != (update.round, update.base_digest):
+        view = self._session.view
+        if view is None or not self.covers(view):
             return False
         return bool(set(view.servers) - set(self._holders))
 

@@ -53,7 +53,7 @@ from hypha.worker.cache import SliceCache
 from hypha.worker.config import Config, executor_named
 from hypha.worker.environment import executor_environment
 from hypha.worker.fences import FenceKeeper
-from hypha.worker.jobs import AnySession, Jobs, job_directories, remove_leftovers
+from hypha.worker.jobs import LEAVING, AnySession, Jobs, job_directories, remove_leftovers
 from hypha.worker.process import Launcher, ProcessLauncher
 from hypha.worker.trainer import TrainSession
 
@@ -63,6 +63,8 @@ SCHEDULERS = frozenset({"scheduler"})
 WORKERS = frozenset({"worker"})
 # The sweep kills what died no later than this after its deadline, even if a grant came while it slept.
 SWEEP_MAX_S = 0.25
+# Leaving politely takes no longer, whatever the network does: whoever sent the signal waits.
+LEAVE_S = 6.0
 # Clocks are floats: waking a rounding error before a deadline must cost a moment, not spin.
 TICK_S = 0.001
 
@@ -81,22 +83,46 @@ class Worker:
         self.cache = SliceCache(config.work_dir / "cache", bytes_max=config.cache_bytes, runtime=runtime)
         self.jobs = Jobs(network, runtime, self.ledger, launcher, config, self.cache)
         self.arbiter = Arbiter(network, runtime, self.ledger, fences, config)
+        self._offering = trio.CancelScope()
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Offer, run jobs and answer until cancelled; then end every job and every lease."""
+    async def run(
+        self, *, stopping: trio.Event | None = None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Offer, run jobs and answer until cancelled; then end every job and every lease.
+
+        Once `stopping` is set it offers nothing more, lets its executors contribute what they have, and returns.
+        """
         await self.cache.open()
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.jobs.run)
                 self._register()
                 nursery.start_soon(self._sweep)
-                await nursery.start(self.arbiter.run)
+                await nursery.start(self._offer)
                 log.info("Worker ready", capacity=str(self.ledger.capacity))
                 task_status.started()
+                if stopping is not None:
+                    await stopping.wait()
+                    await self._leave()
+                    nursery.cancel_scope.cancel()
         finally:
-            now = self._runtime.now()
-            for lease in self.ledger.leases(now):
-                self.ledger.revoke(lease.lease_id, reason="the worker is shutting down", now=now)
+            self._revoke()
+
+    async def _offer(self, *, task_status: trio.TaskStatus[None]) -> None:
+        with self._offering:
+            await self.arbiter.run(task_status=task_status)
+
+    async def _leave(self) -> None:
+        self._offering.cancel()
+        self._revoke(unless_at_work=True)
+        with trio.move_on_after(LEAVE_S):
+            await self.jobs.leave()
+
+    def _revoke(self, *, unless_at_work: bool = False) -> None:
+        now = self._runtime.now()
+        for lease in self.ledger.leases(now):
+            if lease.job_id is None or not unless_at_work:
+                self.ledger.revoke(lease.lease_id, reason=LEAVING, now=now)
 
     def _register(self) -> None:
         network = self._network
@@ -239,8 +265,16 @@ def _sender(peer: Peer, message: LeaseMessage[Any]) -> Sender:
     return Sender(peer=peer.peer_id, fence=message.fence, job_epoch=message.job_epoch, attempt=message.attempt)
 
 
-async def run(config: Config, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """Run a worker of this configuration until cancelled. Raises ConfigError for an unusable `work_dir`."""
+async def run(
+    config: Config,
+    *,
+    stopping: trio.Event | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run a worker of this configuration until cancelled, or until `stopping` is set: then it leaves politely.
+
+    Raises ConfigError for an unusable `work_dir`.
+    """
     runtime = RealRuntime()
     identity = load_identity(config)
     work_dir = config.work_dir
@@ -261,7 +295,8 @@ async def run(config: Config, *, task_status: trio.TaskStatus[None] = trio.TASK_
         await launcher.end_leftovers()
         await runtime.run_blocking(remove_leftovers, work_dir)
         async with open_network(identity, config, role="worker", runtime=runtime) as network:
-            await Worker(network, runtime, config, launcher, fences).run(task_status=task_status)
+            worker = Worker(network, runtime, config, launcher, fences)
+            await worker.run(stopping=stopping, task_status=task_status)
 
 
 def _warn_if_open_to_others(work_dir: Path) -> None:

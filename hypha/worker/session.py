@@ -73,6 +73,7 @@ class Session:
         self.owed = Owed(context.runtime)
         self.failure: str | None = None
         self.stopped = False
+        self.leaving = False
         self.ended = False
         self._events_in, self._events_out = trio.open_memory_channel[Event](EVENTS_BUFFERED_MAX)
         self._changed = trio.Event()
@@ -185,6 +186,15 @@ class Session:
             self.stopped = True
             self.emit(Stop(reason=reason))
             self.wake()
+
+    def leave(self) -> None:
+        """This worker goes: take on nothing more, and give what there is."""
+        self.leaving = True
+        self.wake()
+
+    def gave_all(self) -> bool:
+        """Whether nothing would be lost that this session could still give."""
+        return True
 
     def fail(self, reason: str) -> None:
         """Note why the job fails; whoever runs the session ends it."""

@@ -163,7 +163,7 @@ class TrainSession(Session):
 
     def _open(self, round_asked: int, job_epoch: int | None = None) -> bool:
         view = self.view
-        if self.stopped or view is None or view.round != round_asked:
+        if self.stopped or self.leaving or view is None or view.round != round_asked:
             return False
         return job_epoch in (None, view.job_epoch)
 
@@ -275,6 +275,8 @@ class TrainSession(Session):
                 self.gave_up(report)
             case _:
                 raise RemoteProtocolError(f"a training executor does not report {type(report).__name__}")
+        if self.leaving and isinstance(report, bridge.TrainProgress):
+            return bridge.SyncAt(round=report.round, batches=report.batches)
         return bridge.Finish() if self.stopped else self._instruction
 
     def _note_progress(self, report: bridge.TrainProgress) -> None:
@@ -315,6 +317,11 @@ class TrainSession(Session):
             self._instruction = bridge.SyncAt(round=answer.round, batches=answer.batches)
         elif isinstance(answer, Done):
             self.stop("the scheduler says that the job is done")
+
+    def gave_all(self) -> bool:
+        """Whether the open round has this executor's contribution, or expects none."""
+        view, me = self.view, self.context.lease_id
+        return view is None or self._redelivery.covers(view) or me not in {m.lease_id for m in view.members}
 
     # --- outer updates --------------------------------------------------------------------------------------------
 

@@ -116,7 +116,7 @@ class CancelJob(LeaseMessage[Ack], frozen=True, kw_only=True):
 
 
 class JobStatus(Request[Ack], frozen=True, kw_only=True):
-    """Worker → scheduler: the job's executor ended, or will not start."""
+    """Worker → scheduler: the job's executor ended, or will not start; `leaving`: the worker itself goes."""
 
     job_id: Name
     job_epoch: Count
@@ -124,4 +124,5 @@ class JobStatus(Request[Ack], frozen=True, kw_only=True):
     fence: Count
     finished: bool
     reason: Reason
+    leaving: bool = False
     last_lines: Annotated[tuple[Annotated[str, Meta(max_length=2048)], ...], Meta(max_length=64)] = ()

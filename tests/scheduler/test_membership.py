@@ -1,0 +1,87 @@
+"""Workers come and go while a job runs: politely on the way out, up to `max_workers` on the way in."""
+
+import pytest
+import trio
+
+from tests.scheduler.stage import Stage
+from tests.sim.machines import WorkerMachine
+
+TTL_S = 30.0
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """Make a stage in this test's directory."""
+    return lambda **options: Stage(tmp_path, **options)
+
+
+def ask_to_leave(stage, name):
+    """What SIGTERM does to a worker."""
+    machine = stage.machines[name]
+    assert isinstance(machine, WorkerMachine)
+    machine.stopping.set()
+
+
+def contributors(entry):
+    return {contribution.peer_id: contribution.samples for contribution in entry.contributions}
+
+
+def test_a_trainer_that_is_told_to_stop_contributes_what_it_has_and_is_replaced_at_once(stage):
+    stage = stage(trainers=2, spares=1, rounds=4, samples=64, ttl_s=TTL_S, deadline_s=60.0)
+
+    async def script(stage):
+        await stage.said("Round committed", "round=1")
+        leaver = stage.trainers()[0]
+        await stage.until(lambda: any(member.peer_id == leaver for member in stage.job.pace._paces))
+        told = trio.current_time()
+        ask_to_leave(stage, leaver)
+        await stage.said("Worker left", leaver)
+        await stage.until(lambda: not stage.machines[leaver].is_up)
+        assert trio.current_time() - told < 5.0
+        await stage.until(lambda: len(stage.trainers()) == 2)
+        assert trio.current_time() - told < 8.0
+        await stage.said("Round committed", "round=2")
+        assert contributors(stage.rounds()[1])[leaver] > 0
+        assert not stage.lines("Executor failed")
+        assert not stage.lines("Lease expired")
+        stage.start(leaver)
+        await stage.done()
+
+    stage.play(script)
+
+
+def test_a_parameter_server_that_is_told_to_stop_is_replaced_at_once(stage):
+    stage = stage(trainers=2, spares=1, rounds=4, samples=64, ttl_s=TTL_S, deadline_s=60.0)
+
+    async def script(stage):
+        await stage.said("Round committed", "round=1")
+        leaver = stage.server()
+        told = trio.current_time()
+        ask_to_leave(stage, leaver)
+        await stage.said("Worker left", leaver)
+        await stage.until(lambda: not stage.machines[leaver].is_up and bool(stage.working("aggregate")))
+        assert trio.current_time() - told < 8.0
+        assert stage.server() != leaver
+        stage.start(leaver)
+        await stage.done()
+        assert [entry.merged.round for entry in stage.rounds()] == [1, 2, 3, 4]
+
+    stage.play(script)
+
+
+def test_an_executor_that_gives_nothing_keeps_its_worker_only_for_a_moment(stage):
+    stage = stage(trainers=2, rounds=3, samples=64, ttl_s=TTL_S, deadline_s=60.0)
+
+    async def script(stage):
+        await stage.said("Round committed", "round=1")
+        leaver = stage.trainers()[0]
+        for executor in stage.executors(leaver):
+            executor.fail("stall")
+        told = trio.current_time()
+        ask_to_leave(stage, leaver)
+        await stage.until(lambda: not stage.machines[leaver].is_up)
+        assert trio.current_time() - told < 8.0
+        stage.start(leaver)
+        await stage.done()
+
+    stage.play(script)
