@@ -10,8 +10,8 @@ import pytest
 from tests.sim.main import run_seed
 
 ROOT = Path(__file__).parent.parent.parent
-# One of each flavour.
-SEEDS = (*range(7), 59)
+# One of each flavour, and one in which a parameter server is ready before its dispatch is answered.
+SEEDS = (*range(7), 141)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
