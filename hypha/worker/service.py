@@ -63,7 +63,7 @@ SCHEDULERS = frozenset({"scheduler"})
 WORKERS = frozenset({"worker"})
 # The sweep kills what died no later than this after its deadline, even if a grant came while it slept.
 SWEEP_MAX_S = 0.25
-# Leaving politely takes no longer, whatever the network does: whoever sent the signal waits.
+# The bound on leaving politely, whatever the network does: whoever sent the signal waits.
 LEAVE_S = 6.0
 # Clocks are floats: waking a rounding error before a deadline must cost a moment, not spin.
 TICK_S = 0.001
