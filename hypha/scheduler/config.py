@@ -43,11 +43,13 @@ class JobResources(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     The run starts with `min_workers` at least and takes up to `workers`; each must have what `worker` says. `find_s`:
     the job fails when they cannot be had by then. Once it runs, it waits while fewer than `min_workers` are leased;
-    where that is not given, it goes on with whoever reaches the quorum.
+    where that is not given, it goes on with whoever reaches the quorum. Beyond `workers` it takes those that come, up
+    to `max_workers`.
     """
 
     workers: Annotated[int, Meta(ge=1, le=4096)] = 1
     min_workers: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    max_workers: Annotated[int, Meta(ge=1, le=4096)] | None = None
     executor: Annotated[str, Meta(min_length=1)] = "diloco-transformer"
     parameter_server_executor: Annotated[str, Meta(min_length=1)] = "parameter-server"
     worker: Resources = Resources(cpu=1.0, memory=1.0)
@@ -60,11 +62,18 @@ class JobResources(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Refuse a minimum above what is wanted."""
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers {self.min_workers} exceeds workers {self.workers}")
+        if self.max_workers is not None and self.max_workers < self.workers:
+            raise ValueError(f"max_workers {self.max_workers} is below workers {self.workers}")
 
     @property
     def fewest(self) -> int:
         """How many workers the run needs to start: `min_workers`, or all of them where it is not given."""
         return self.workers if self.min_workers is None else self.min_workers
+
+    @property
+    def most(self) -> int:
+        """How many workers the run takes: `max_workers`, or those wanted at the start where it is not given."""
+        return self.workers if self.max_workers is None else self.max_workers
 
 
 class DatasetConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

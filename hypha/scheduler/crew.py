@@ -4,9 +4,10 @@ journaled by the last run ─▶ tried once under this job epoch ─▶ adopted:
 missing? ─▶ one auction for trainers and parameter servers together ─▶ journal ─▶ DispatchJob ─▶ hired
    ▲ died, failed                                                         └─ refused, gone ─▶ released
    └── too few: the reason in numbers, backoff, again ── before the start only until `find_s`
+nobody missing, but more are welcome (`max_workers`)? ─▶ asked for now and then; given up when somebody is missing
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from msgspec.structs import replace
@@ -17,7 +18,7 @@ from hypha.network.seam import Network
 from hypha.protocol.job import JobSpec
 from hypha.protocol.messages import DispatchJob, LeaseGone
 from hypha.runtime import Runtime
-from hypha.scheduler.allocator import Allocator, Wanted
+from hypha.scheduler.allocator import Allocation, Allocator, Wanted
 from hypha.scheduler.config import JobResources, SchedulerTable
 from hypha.scheduler.coordinator import Coordinator
 from hypha.scheduler.pool import LeasedWorker, NotHeld, Pool
@@ -56,6 +57,7 @@ class Crew:
         self._spec = spec
         self._standing = standing
         self._started = coordinator.book.committed_round > 0
+        self._growing = self._backoff()
 
     @property
     def _resources(self) -> JobResources:
@@ -71,7 +73,7 @@ class Crew:
                 self._started = True
                 self._standing.clear("workers")
                 backoff.reset()
-                await self._job.changed()
+                await self._grow()
                 continue
             reason = await self._hire(asks)
             if not self._missing():
@@ -112,17 +114,8 @@ class Crew:
         trainers = resources.workers - sum(worker.work == "train" for worker in live)
         asks = []
         if trainers > 0:
-            asks.append(
-                Wanted(
-                    work="train",
-                    executor=resources.executor,
-                    resources=resources.worker,
-                    count=trainers,
-                    minimum=0 if self._started else max(0, resources.fewest - (resources.workers - trainers)),
-                    bid=resources.worker_price.bid,
-                    limit=resources.worker_price.limit,
-                )
-            )
+            minimum = 0 if self._started else max(0, resources.fewest - (resources.workers - trainers))
+            asks.append(self._trainers(trainers, minimum=minimum))
         if servers > 0:
             asks.append(
                 Wanted(
@@ -137,9 +130,23 @@ class Crew:
             )
         return asks
 
+    def _trainers(self, count: int, *, minimum: int) -> Wanted:
+        resources = self._resources
+        return Wanted(
+            work="train",
+            executor=resources.executor,
+            resources=resources.worker,
+            count=count,
+            minimum=minimum,
+            bid=resources.worker_price.bid,
+            limit=resources.worker_price.limit,
+        )
+
     async def _hire(self, asks: list[Wanted]) -> str:
         """Hold one auction and hand out the job; returns why somebody is still missing, "" where nobody is."""
-        allocation = await self._allocator.allocate(asks)
+        return await self._employ_all(await self._allocator.allocate(asks))
+
+    async def _employ_all(self, allocation: Allocation) -> str:
         reasons = [allocation.shortfall] if allocation.shortfall is not None else []
 
         async def employ(worker: LeasedWorker) -> None:
@@ -151,6 +158,35 @@ class Crew:
             for worker in allocation.workers:
                 nursery.start_soon(employ, worker)
         return "; ".join(reasons)
+
+    # --- more than are wanted -------------------------------------------------------------------------------------
+
+    def _welcome(self) -> int:
+        return self._resources.most - sum(worker.work == "train" for worker in self._pool.live())
+
+    async def _grow(self) -> None:
+        """Wait until something changes; where more workers are welcome, ask for them after a while."""
+        if self._welcome() <= 0:
+            await self._job.changed()
+            return
+        with trio.move_on_after(self._growing.next_s()):
+            await self._until_missing()
+            return
+        if (count := self._welcome()) <= 0:
+            return
+        allocation: Allocation | None = None
+        async with trio.open_nursery() as nursery:
+            # Whoever is missing is asked for at once, in an auction of its own.
+            nursery.start_soon(_cancel_after, self._until_missing, nursery.cancel_scope)
+            allocation = await self._allocator.allocate([self._trainers(count, minimum=0)])
+            nursery.cancel_scope.cancel()
+        if allocation is not None and allocation.workers:
+            self._growing.reset()
+            await self._employ_all(allocation)
+
+    async def _until_missing(self) -> None:
+        while not self._missing():
+            await self._job.changed()
 
     async def _employ(self, worker: LeasedWorker) -> str | None:
         """Journal the lease, then hand out the job; returns why the worker was given back, or None."""
@@ -245,3 +281,8 @@ class Crew:
         if answer is None:
             return "its lease ended before it answered"
         return answer.reason if isinstance(answer, LeaseGone) else None
+
+
+async def _cancel_after(event: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+    await event()
+    scope.cancel()

@@ -85,3 +85,54 @@ def test_an_executor_that_gives_nothing_keeps_its_worker_only_for_a_moment(stage
         await stage.done()
 
     stage.play(script)
+
+
+def test_a_running_job_takes_whoever_comes_up_to_max_workers(stage):
+    stage = stage(trainers=2, spares=1, rounds=12, deadline_s=30.0, absent="worker-0", resources={"max_workers": 3})
+
+    async def script(stage):
+        await stage.said("Round committed", "contributors=2")
+        stage.start("worker-0")
+        await stage.said("Round committed", "contributors=3")
+        joined = next(entry for entry in stage.rounds() if len(entry.contributions) == 3)
+        assert joined.merged.round > 1
+        assert len(stage.trainers()) == 3
+        assert stage.job.standing.words() == ""
+        await stage.done()
+        assert max(len(entry.contributions) for entry in stage.rounds()) == 3
+
+    stage.play(script)
+
+
+def test_somebody_missing_is_not_kept_waiting_by_the_wish_for_more(stage):
+    stage = stage(
+        trainers=2, rounds=12, samples=64, ttl_s=5.0, deadline_s=30.0, resources={"max_workers": 8, "min_workers": 2}
+    )
+
+    async def script(stage):
+        await stage.said("Round committed", "round=1")
+        leaver = stage.trainers()[0]
+        advertised = len(stage.lines("Advertised", "asks=6 train at"))
+        await stage.until(lambda: len(stage.lines("Advertised", "asks=6 train at")) > advertised)
+        told = trio.current_time()
+        ask_to_leave(stage, leaver)
+        await stage.said("Worker left", leaver)
+        await stage.said("Advertised", "asks=1 train at")
+        assert trio.current_time() - told < 3.0
+        await stage.until(lambda: not stage.machines[leaver].is_up)
+        stage.start(leaver)
+        await stage.done()
+
+    stage.play(script)
+
+
+def test_more_than_max_workers_are_not_taken(stage):
+    stage = stage(trainers=2, spares=3, rounds=8, deadline_s=30.0, resources={"max_workers": 3})
+
+    async def script(stage):
+        await stage.said("Round committed", "contributors=3")
+        await stage.done()
+        assert {len(entry.contributions) for entry in stage.rounds()} <= {2, 3}
+        assert len(stage.lines("Worker leased", "work=train")) == 3
+
+    stage.play(script)

@@ -100,7 +100,7 @@ def test_what_is_left_out_has_defaults(load):
     assert config.state_dir.name == "state"
     assert config.state_dir != Path("state")  # beside the file, wherever the process runs
     assert job.dataset_config == DatasetConfig(name="text")
-    assert (job.resources.workers, job.resources.fewest, job.rounds.quorum) == (1, 1, 1)
+    assert (job.resources.workers, job.resources.fewest, job.resources.most, job.rounds.quorum) == (1, 1, 1, 1)
     assert job.resources.worker_price == Price(bid=1.0)
 
 
@@ -112,6 +112,7 @@ def test_the_environment_wins_over_the_file(load):
     ("line", "said"),
     [
         ("resources = { workers = 2, min_workers = 3 }", "`scheduler.job.resources`: min_workers 3 exceeds workers 2"),
+        ("resources = { workers = 3, max_workers = 2 }", "`scheduler.job.resources`: max_workers 2 is below workers 3"),
         ("resources = { workers = 0 }", "`scheduler.job.resources.workers`: expected `int` >= 1"),
         (
             "resources = { worker_price = { bid = 2.0, max = 1.0 } }",
