@@ -2,7 +2,7 @@
 
     provide(key) ─▶ sha256 multihash ─▶ ADD_PROVIDER to the closest peers, again every few minutes and after each
                                         new gateway: a gateway that restarts has forgotten everything
-    find_providers(key) ─▶ the closest peers are asked, all at once; nothing is answered from a cache
+    find_providers(key) ─▶ gateways, then the closest peers are asked, all at once; nothing is answered from a cache
     lookup(peer) ─▶ FIND_NODE to gateways first, then the usual walk; addresses end in the peerstore
 
 Every node is a server: networks are small, and a client-mode node is asked by others all the same.
@@ -33,6 +33,8 @@ ANNOUNCEMENTS_PER_WINDOW_MAX = KEYS_MAX
 # Kademlia's k: the closest peers asked for providers.
 ASKED_MAX = 20
 LOOKUP_S = 6.0
+# When the gateways know providers, others are waited for no longer: a dead peer would hold each lookup for LOOKUP_S.
+MORE_S = 1.0
 MEASURE_S = 10.0
 
 log = get_logger("network.dht")
@@ -83,8 +85,10 @@ class Dht:
         record = record_key(key)
         found = {str(info.peer_id) for info in self._kad.provider_store.get_providers(record)}
         asked: set[ID] = set()
-        with trio.move_on_after(LOOKUP_S):
+        with trio.move_on_after(LOOKUP_S) as patience:
             await self._gather(self._gateways(), record, found, asked)
+            if found - {str(self._me)}:
+                patience.deadline = min(patience.deadline, trio.current_time() + MORE_S)
             if len(found - {str(self._me)}) < wanted:
                 await self._gather(await self._closest(record), record, found, asked)
         found.discard(str(self._me))

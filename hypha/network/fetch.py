@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from hypha.dataset import MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, digest_of_manifest, parse_manifest
 from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError
 from hypha.network.lane import Lane, Terms, lane_of
+from hypha.network.breaker import Breakers
 from hypha.network.retry import Backoff
 from hypha.network.seam import Network, Stream
 from hypha.network.transfer import CHUNK_BYTES, partial_size, receive_file
@@ -39,6 +40,8 @@ BACKOFF_MAX_S = 8.0
 # Silence on an open transfer. A data node may queue a request for a while before its first byte.
 STALL_S = 30.0
 LOOKUP_PATIENCE_S = 10.0
+# Slices may be fetched every second, and a lookup that meets a dead node takes several.
+LOOKUP_FRESH_S = 60.0
 
 
 def provider_key(dataset: str, manifest_digest: str | None = None) -> str:
@@ -47,32 +50,49 @@ def provider_key(dataset: str, manifest_digest: str | None = None) -> str:
 
 
 class Providers:
-    """Who provides one dataset, best first: what each did wrong so far is remembered."""
+    """Who provides one dataset, best first: who they are is remembered for a while, and what each did wrong."""
 
-    def __init__(self, network: Network, runtime: Runtime, dataset: str) -> None:
+    def __init__(self, network: Network, runtime: Runtime, dataset: str, breakers: Breakers | None = None) -> None:
         self.dataset = dataset
+        self._breakers = breakers or Breakers(runtime)
         self._network = network
         self._runtime = runtime
         self._corrupt: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
+        self._found: dict[str, tuple[float, list[str]]] = {}  # key -> when, whom
 
-    async def ranked(self, manifest_digest: str | None) -> list[str]:
-        """Look up providers: those never caught with wrong bytes first, then by failures, equals in random order."""
-        found: list[str] = []
-        with trio.move_on_after(LOOKUP_PATIENCE_S):
-            key = provider_key(self.dataset, manifest_digest)
-            found = sorted(await self._network.find_providers(key, wanted=PROVIDERS_WANTED))
+    async def ranked(self, manifest_digest: str | None, *, anew: bool = False) -> list[str]:
+        """Return providers: those never caught with wrong bytes first, then by failures, equals in random order.
+
+        They are looked up `anew` where that is asked for, when nobody without fault is known, and every LOOKUP_FRESH_S.
+        """
+        key = provider_key(self.dataset, manifest_digest)
+        at, found = self._found.get(key, (0.0, []))
+        faultless = any(not self._corrupt[peer_id] and not self._failures[peer_id] for peer_id in found)
+        if anew or not faultless or self._runtime.now() - at > LOOKUP_FRESH_S:
+            found = await self._look_up(key)
+            self._found[key] = (self._runtime.now(), found)
         # Many workers start at once: without chance they would all ask the same node.
         self._runtime.random.shuffle(found)
-        return sorted(found, key=lambda peer_id: (self._corrupt[peer_id], self._failures[peer_id]))
+        found.sort(key=lambda peer_id: (self._corrupt[peer_id], self._failures[peer_id]))
+        # Where nobody else is left, whoever was silent lately is better than no one.
+        return [peer_id for peer_id in found if not self._breakers.admit(peer_id)] or found
+
+    async def _look_up(self, key: str) -> list[str]:
+        with trio.move_on_after(LOOKUP_PATIENCE_S):
+            return sorted(await self._network.find_providers(key, wanted=PROVIDERS_WANTED))
+        return []
 
     def worked(self, peer_id: str) -> None:
         """It delivered."""
         self._failures.pop(peer_id, None)
+        self._breakers.worked(peer_id)
 
-    def failed(self, peer_id: str) -> None:
-        """It could not be reached, broke off or refused."""
+    def failed(self, peer_id: str, *, silent: bool) -> None:
+        """It refused, or broke off; `silent`: it could not be reached."""
         self._failures[peer_id] += 1
+        if silent:
+            self._breakers.failed(peer_id)
 
     def corrupted(self, peer_id: str) -> None:
         """It sent bytes with another digest than asked for."""
@@ -148,7 +168,7 @@ async def _from_any(attempt: Attempt, what: str, from_one: Callable[[str], Await
     for number in range(passes_max):
         if number:
             await backoff.wait()
-        for peer_id in await providers.ranked(attempt.manifest_digest):
+        for peer_id in await providers.ranked(attempt.manifest_digest, anew=number > 0):
             try:
                 result = await from_one(peer_id)
             except (PeerUnreachable, RemoteProtocolError) as error:
@@ -165,7 +185,7 @@ async def _from_any(attempt: Attempt, what: str, from_one: Callable[[str], Await
 
 def _blame(providers: Providers, peer_id: str, what: str, error: PeerUnreachable | RemoteProtocolError) -> None:
     if isinstance(error, MixedBytes | PeerUnreachable | Refused):
-        providers.failed(peer_id)
+        providers.failed(peer_id, silent=isinstance(error, PeerUnreachable))
         log.info("Provider failed", peer_id=peer_id, dataset=providers.dataset, what=what, reason=str(error))
     else:
         providers.corrupted(peer_id)

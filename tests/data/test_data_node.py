@@ -10,7 +10,7 @@ from hypha.config import load_config
 from hypha.data_node import Config, DataNode, Turns, open_datasets
 from hypha.dataset import MANIFEST_NAME, open_dataset
 from hypha.errors import ConfigError, PeerUnreachable, Refused, RemoteProtocolError
-from hypha.network.fetch import Providers, fetch_manifest, provider_key
+from hypha.network.fetch import LOOKUP_FRESH_S, Providers, fetch_manifest, provider_key
 from hypha.network.memory import MemoryFabric
 from hypha.network.memory_faults import FaultProfile
 from hypha.network.transfer import partial_path
@@ -111,6 +111,25 @@ async def test_a_corrupt_slice_is_never_delivered_its_digest_named_and_its_provi
             await fetch(worker, dataset, tmp_path / "slice", providers=providers, passes_max=1)
     assert (tmp_path / "slice").read_bytes() == (sound / ref.name).read_bytes()
     assert any("wrong bytes" in record.getMessage() for record in caplog.records)
+
+
+async def test_providers_are_looked_up_once_while_they_deliver(autojump_clock, fabric, directory):
+    dataset = open_dataset(directory)
+    async with data_node(fabric, "one", directory), fabric.node("worker", {"worker"}) as worker:
+        providers = Providers(worker, runtime(), "book")
+        assert await providers.ranked(dataset.digest) == ["one"]
+        async with data_node(fabric, "two", directory):
+            await trio.sleep(5)
+            assert await providers.ranked(dataset.digest) == ["one"]
+            assert sorted(await providers.ranked(dataset.digest, anew=True)) == ["one", "two"]
+            async with data_node(fabric, "three", directory):
+                await trio.sleep(5)
+                providers.failed("one")
+                assert await providers.ranked(dataset.digest) == ["two", "one"]
+                await trio.sleep(LOOKUP_FRESH_S)
+                assert sorted(await providers.ranked(dataset.digest)) == ["one", "three", "two"]
+                providers.failed("two")
+                assert (await providers.ranked(dataset.digest))[0] == "three"
 
 
 async def test_a_provider_that_dies_in_the_middle_is_replaced_and_the_rest_comes_from_another(
