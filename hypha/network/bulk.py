@@ -12,6 +12,7 @@ revocation lists are those of every other connection; what the peer may do was d
 over.
 """
 
+import os
 import secrets
 import socket
 import ssl
@@ -50,6 +51,8 @@ TRANSFERS_PER_PEER_MAX = 4
 OFFER_S = 120.0
 # The same address carries a connection already, so a dial either works at once or not at all.
 DIAL_S = 5.0
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 log = get_logger("network.bulk")
 
@@ -104,6 +107,11 @@ class BulkTransport(ISecureTransport):
             return
         with self._places.taken(peer_id):
             yield True
+
+    @property
+    def core_to_spare(self) -> bool:
+        """Whether each transfer under way finds a second core: without one a second thread only adds to the queue."""
+        return 2 * self._places.total <= CORES
 
     @contextmanager
     def offered(self, peer_id: str) -> Iterator[Offer]:

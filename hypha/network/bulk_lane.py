@@ -10,6 +10,7 @@ begins with four zeros, so a receiver that answers before it takes a byte is hea
 has finished its own direction cannot agree to anything: both go on over the stream.
 """
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from enum import Enum, auto
@@ -96,9 +97,9 @@ async def _dial(bulk: BulkTransport, side: Side, terms: Terms, held: ExitStack) 
         held.close()
         await side.send_all(MARK + NO)
         return None
-    held.callback(bulk_socket.abort, secured)
+    lane = _lane(bulk, side, terms, held, secured)
     await side.send_all(MARK + YES)
-    return BulkSocket(secured, bulk.limiter, side.until_aborted, stall_s=terms.stall_s, count=terms.count)
+    return lane
 
 
 async def _offer(bulk: BulkTransport, side: Side, terms: Terms, held: ExitStack) -> BulkSocket | Unwanted | None:
@@ -117,8 +118,19 @@ async def _offer(bulk: BulkTransport, side: Side, terms: Terms, held: ExitStack)
     if verdict != YES or secured is None:
         held.close()
         return None
+    return _lane(bulk, side, terms, held, secured)
+
+
+def _lane(bulk: BulkTransport, side: Side, terms: Terms, held: ExitStack, secured: ssl.SSLSocket) -> BulkSocket:
     held.callback(bulk_socket.abort, secured)
-    return BulkSocket(secured, bulk.limiter, side.until_aborted, stall_s=terms.stall_s, count=terms.count)
+    return BulkSocket(
+        secured,
+        bulk.limiter,
+        side.until_aborted,
+        stall_s=terms.stall_s,
+        count=terms.count,
+        with_writer=bulk.core_to_spare,
+    )
 
 
 async def _hear(side: Side, terms: Terms, count: int) -> bytes | _Heard:

@@ -1,7 +1,7 @@
 """One bulk transfer's socket: TLS without a thread until the peer is known, then blocking calls in threads of its own.
 
     sender    read ─▶ buffer ─sendall─▶ ══ TLS ══ ─recv_into─▶ buffer ─ queue ─▶ write (digest, disk)    receiver
-                      one thread                  one thread                     another
+                      one thread                  one thread             another, where a core is free
               ◀──────────────────────────────── 0x01 once all of it has come
 
 Blocking `ssl` calls move bytes at twice the speed of a multiplexed stream. What trio keeps is the decision to end them:
@@ -153,6 +153,7 @@ class BulkSocket:
         *,
         stall_s: float,
         count: Callable[[int], None],
+        with_writer: bool = True,
     ) -> None:
         # Nagle would have cost the header 40 ms; the bytes to come are better off with it.
         secured.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
@@ -162,6 +163,7 @@ class BulkSocket:
         self._limiter = limiter
         self._ended = ended
         self._count = count
+        self._with_writer = with_writer
         self._moved = self._counted = 0
         self._writing = False
         self._stopped = ""
@@ -178,6 +180,9 @@ class BulkSocket:
 
         Raises PeerUnreachable, also once `ended` returns, and what `write` raises.
         """
+        if not self._with_writer:
+            await self._run(metrics.NETWORK_BYTES_RECEIVED, lambda: self._receive_and_write(write, length))
+            return
         buffers = _Buffers()
         await self._run(
             metrics.NETWORK_BYTES_RECEIVED, lambda: self._receive(buffers, length), lambda: self._write(buffers, write)
@@ -206,12 +211,24 @@ class BulkSocket:
                 self._writing = False
                 if buffer is None:
                     return  # whoever writes has failed and says why
-                self._fill(memoryview(buffer)[: min(CHUNK_BYTES, length - self._moved)], buffers)
+                self._fill(memoryview(buffer)[: min(CHUNK_BYTES, length - self._moved)], buffers.fill)
             self._socket.sendall(RECEIVED)
         finally:
             buffers.no_more()
 
-    def _fill(self, view: memoryview, buffers: _Buffers) -> None:
+    def _receive_and_write(self, write: Write, length: int) -> None:
+        def put(view: memoryview) -> None:
+            self._writing = True
+            write(view)
+            self._writing = False
+
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        while self._moved < length:
+            self._fill(buffer[: min(CHUNK_BYTES, length - self._moved)], put)
+        self._socket.sendall(RECEIVED)
+
+    def _fill(self, view: memoryview, put: Write) -> None:
+        """Receive until the view is full, and pass on what came, also when the rest does not."""
         filled = 0
         try:
             while filled < len(view):
@@ -222,7 +239,7 @@ class BulkSocket:
                 filled += came
                 self._moved += came
         finally:
-            buffers.fill(view[:filled])
+            put(view[:filled])
 
     def _write(self, buffers: _Buffers, write: Write) -> None:
         try:

@@ -86,21 +86,21 @@ class Slots:
         self._total_max = total_max
         self._per_peer_max = per_peer_max
         self._taken: Counter[str] = Counter()
-        self._total = 0
+        self.total = 0
 
     def free(self, peer_id: str) -> bool:
         """Whether this peer may have one more."""
-        return self._total < self._total_max and self._taken[peer_id] < self._per_peer_max
+        return self.total < self._total_max and self._taken[peer_id] < self._per_peer_max
 
     @contextmanager
     def taken(self, peer_id: str) -> Iterator[None]:
         """Hold one; the caller has asked `free`."""
-        self._total += 1
+        self.total += 1
         self._taken[peer_id] += 1
         try:
             yield
         finally:
-            self._total -= 1
+            self.total -= 1
             self._taken[peer_id] -= 1
             if not self._taken[peer_id]:
                 del self._taken[peer_id]

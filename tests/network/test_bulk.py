@@ -70,7 +70,7 @@ async def bring(asker, server, files) -> None:
 def at_rest(*networks) -> bool:
     """Whether nothing is held for any transfer."""
     return all(
-        not each._bulk._offers and not each._bulk._places._total and not each._bulk.limiter.borrowed_tokens
+        not each._bulk._offers and not each._bulk._places.total and not each._bulk.limiter.borrowed_tokens
         for each in networks
     )
 

@@ -43,6 +43,15 @@ class TestOwnConnection(OnSockets):
 
 
 @pytest.mark.slow
+class TestOwnConnectionOneThread(TestOwnConnection):
+    """Where no core is free to write beside receiving."""
+
+    @pytest.fixture(autouse=True)
+    def busy(self, monkeypatch):
+        monkeypatch.setattr(bulk.BulkTransport, "core_to_spare", False)
+
+
+@pytest.mark.slow
 class TestMuxedStream(OnSockets):
     """Where no place is free for a connection of its own."""
 
