@@ -11,6 +11,7 @@ from typing import Any
 import trio
 
 from hypha.errors import Refused, RemoteProtocolError
+from hypha.network.breaker import Breakers
 from hypha.network.retry import Backoff, insist
 from hypha.network.seam import Network
 from hypha.protocol.messages import Message, Request
@@ -32,8 +33,10 @@ class Outbox:
         backoff: Callable[[], Backoff],
         patience_s: float,
         answered: Answered | None = None,
+        breakers: Breakers | None = None,
     ) -> None:
         self._network = network
+        self._breakers = breakers
         self._backoff = backoff
         self._patience_s = patience_s
         self._answered = answered
@@ -77,6 +80,7 @@ class Outbox:
                 backoff=self._backoff(),
                 patience_s=self._patience_s,
                 still_wanted=lambda: self._newest.get(key) is message,
+                breakers=self._breakers,
             )
         except Refused as refusal:
             log.info("Message refused", kind=type(message).__name__, peer_id=key[0], reason=str(refusal))

@@ -9,11 +9,14 @@ from typing import TypeVar
 
 import trio
 
-from hypha.errors import PeerUnreachable, Refused
+from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError
+from hypha.network.breaker import Breakers
 from hypha.network.seam import Network
 from hypha.protocol.messages import Message, Request
 from hypha.runtime import Runtime
+from hypha.telemetry import get_logger
 
+log = get_logger("network.retry")
 R = TypeVar("R", bound=Message)
 
 
@@ -57,14 +60,16 @@ async def insist(
     backoff: Backoff,
     patience_s: float,
     still_wanted: Callable[[], bool],
+    breakers: Breakers | None = None,
 ) -> R | None:
     """Repeat a request until it is answered, or return None once it is not wanted any more.
 
-    Raises Refused (and any RemoteProtocolError) at the first answer that repeating would not change.
+    With `breakers`, a peer that answered nobody here lately is left alone for a while first. Raises Refused (and any
+    RemoteProtocolError) at the first answer that repeating would not change.
     """
     while still_wanted():
         try:
-            return await attempt(network, peer_id, message, patience_s=patience_s)
+            return await _attempt_if_let(network, peer_id, message, patience_s=patience_s, breakers=breakers)
         except PeerUnreachable:
             await backoff.wait()
         except Refused as refusal:
@@ -72,3 +77,22 @@ async def insist(
                 raise
             await backoff.wait()
     return None
+
+
+async def _attempt_if_let(
+    network: Network, peer_id: str, message: Request[R], *, patience_s: float, breakers: Breakers | None
+) -> R:
+    if breakers is None:
+        return await attempt(network, peer_id, message, patience_s=patience_s)
+    await breakers.admitted(peer_id)
+    try:
+        answer = await attempt(network, peer_id, message, patience_s=patience_s)
+    except PeerUnreachable as error:
+        if breakers.failed(peer_id):
+            log.info("Peer left alone for a while", peer_id=peer_id, reason=str(error))
+        raise
+    except RemoteProtocolError:
+        breakers.worked(peer_id)
+        raise
+    breakers.worked(peer_id)
+    return answer

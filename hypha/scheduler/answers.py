@@ -89,6 +89,7 @@ class Answers:
         }
 
     def _worker(self, peer: Peer, lease_id: str, fence: int) -> LeasedWorker:
+        self._job.breakers.worked(peer.peer_id)  # whoever asks can be asked
         worker = self._job.pool.by_lease(lease_id)
         if worker is None and Member(peer_id=peer.peer_id, fence=fence, lease_id=lease_id) in self._job.trying:
             raise Refused(f"lease {lease_id} is being adopted", "retry")

@@ -14,6 +14,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from hypha.config import NodeConfig
+from hypha.network.breaker import BreakerLimits
 from hypha.protocol.compression import Compression
 from hypha.protocol.job import InnerOptimizer, ModelSpec, OuterOptimizer, PreprocessorSpec, Rounds
 from hypha.protocol.resources import Resources
@@ -128,6 +129,7 @@ class SchedulerTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     retry_s: Annotated[float, Meta(gt=0)] = 2.0
     # One message without an answer for so long is sent again.
     patience_s: Annotated[float, Meta(gt=0)] = 15.0
+    breaker: BreakerLimits = BreakerLimits()
 
 
 class Config(NodeConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

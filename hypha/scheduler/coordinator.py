@@ -14,6 +14,7 @@ import trio
 from msgspec.structs import replace
 
 from hypha.errors import JobFailed, PeerUnreachable, Refused
+from hypha.network.breaker import BreakerLimits, Breakers
 from hypha.network.outbox import Outbox
 from hypha.network.retry import Backoff, attempt
 from hypha.network.seam import Network
@@ -60,6 +61,7 @@ class Coordinator:
         standing: Standing,
         failures_max: int = FAILURES_IN_A_ROW_MAX,
         patience_s: float,
+        breaker: BreakerLimits = BreakerLimits(),  # noqa: B008 - frozen
     ) -> None:
         self.network = network
         self.runtime = runtime
@@ -72,7 +74,8 @@ class Coordinator:
         self.standing = standing
         self.waiting = ""
         self.scribe = Scribe(runtime, store, standing, noted=self._noted)
-        self.outbox = Outbox(network, backoff=self.backoff, patience_s=patience_s)
+        self.breakers = Breakers(runtime, breaker)
+        self.outbox = Outbox(network, backoff=self.backoff, patience_s=patience_s, breakers=self.breakers)
         self._committer = committer
         self._patience_s = patience_s
         self._failures_max = failures_max

@@ -197,6 +197,7 @@ class Scheduler:
             committer=committer,
             pace=pace,
             standing=self._standing,
+            breaker=self._table.breaker,
             failures_max=max(FAILURES_IN_A_ROW_MAX, 2 * self._job.resources.workers),
             patience_s=self._table.patience_s,
         )

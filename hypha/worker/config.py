@@ -17,6 +17,7 @@ import psutil
 from msgspec import Meta, Struct, field
 
 from hypha.config import NodeConfig
+from hypha.network.breaker import BreakerLimits
 from hypha.protocol.auction import OfferConfig
 from hypha.protocol.resources import Resources
 
@@ -55,6 +56,7 @@ class TransferConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     backoff_max_s: Annotated[float, Meta(gt=0)] = 8.0
     stall_s: Annotated[float, Meta(gt=0)] = 60.0  # one message or transfer without an answer for so long is retried
     at_once: Annotated[int, Meta(ge=1, le=256)] = 16  # streams a parameter server receives or sends at a time
+    breaker: BreakerLimits = BreakerLimits()
 
 
 class ExecutorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,6 +15,7 @@ import trio
 from msgspec import Struct
 
 from hypha.errors import HyphaError, JobFailed, Refused, RemoteProtocolError
+from hypha.network.breaker import Breakers
 from hypha.network.fetch import Providers, fetch_slice
 from hypha.network.outbox import Outbox
 from hypha.network.retry import Backoff, insist
@@ -82,6 +83,7 @@ class Session:
             backoff=self.backoff,
             patience_s=context.transfers.stall_s,
             answered=self.answered,
+            breakers=Breakers(context.runtime, context.transfers.breaker),
         )
         self._providers = Providers(context.network, context.runtime, context.job.dataset.name)
 
