@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args
 
 import trio
 from msgspec import Struct
+from msgspec.structs import replace
 
 from hypha.errors import HyphaError, JobFailed, Refused, RemoteProtocolError
 from hypha.network.breaker import Breakers
@@ -167,8 +168,8 @@ class Session:
     # --- to the scheduler -----------------------------------------------------------------------------------------
 
     def tell(self, key: str, message: Request[Any]) -> None:
-        """Send the scheduler this, until it answers or something newer is told under the same key."""
-        self.outbox.put(self.context.scheduler, key, message)
+        """Send the scheduler this, as part of the open round's trace, until it answers or something newer is told."""
+        self.outbox.put(self.context.scheduler, key, replace(message, traceparent=self.round_trace()))
 
     def answered(self, _peer_id: str, _message: Request[Any], _answer: Message) -> None:
         """Take the scheduler's answer to what it was told."""
