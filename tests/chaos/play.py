@@ -28,8 +28,11 @@ TICK_S = 0.02
 STUCK_S, STUCK_TTLS = 120.0, 6
 # A run that is not whole again by then is struck all the same: too few may be left to be whole.
 HEAL_S, HEAL_TTLS = 30.0, 3
+# Who stays away comes back with the next strike, and no later than this: who is left may be too few to go on.
+AWAY_TTLS = 5
 # Of nodes that died though nobody struck them; more is no accident.
 CRASHES_MAX = 5
+CRASH_PAUSE_S = 1.0
 
 
 class ChaosFailed(Exception):
@@ -55,9 +58,10 @@ class Outlived(Struct):
 
 
 class Repair(Struct, frozen=True):
-    """What is owed to a victim: at `due`, or at the next strike where that is later than ever."""
+    """What is owed to a victim: at `due`, or with the next strike where it `stays_away`."""
 
     due: float
+    stays_away: bool
     what: str
     act: Callable[[], None]
 
@@ -122,8 +126,8 @@ class Play:
         if quiet_s > STUCK_S + STUCK_TTLS * self._job.ttl_s:
             raise ChaosFailed(f"no round was committed for {quiet_s:.0f} s; round {self.story.open_round} is open")
 
-    def _repair(self, now: float, *, everything: bool = False) -> None:
-        due = [repair for repair in self._repairs if everything or repair.due <= now]
+    def _repair(self, now: float, *, everything: bool = False, stayed_away: bool = False) -> None:
+        due = [each for each in self._repairs if everything or each.due <= now or (stayed_away and each.stays_away)]
         self._repairs = [repair for repair in self._repairs if repair not in due]
         for repair in due:
             self._say(repair.what)
@@ -139,7 +143,7 @@ class Play:
             if len(self.crashes) > CRASHES_MAX:
                 raise ChaosFailed(f"too many crashes: {'; '.join(self.crashes)}")
             node.wanted = False
-            self._repairs.append(Repair(now + 1.0, f"{node.name} starts again", node.start))
+            self._owe(now + CRASH_PAUSE_S, f"{node.name} starts again", node.start)
 
     def _look_after(self, now: float) -> None:
         for each in self.outlived:
@@ -211,9 +215,7 @@ class Play:
         name = victim if isinstance(victim, str) else f"{victim.work} executor of {victim.worker}"
         self._say(f"strike {strike.number + 1}: {'SIGSTOP' if strike.stop else 'SIGKILL'} {strike.role} {name}")
         # Those who were to stay away until now come back: somebody must be left for the next strike.
-        for repair in self._repairs:
-            if repair.due == float("inf"):
-                self._repairs[self._repairs.index(repair)] = Repair(now, repair.what, repair.act)
+        self._repair(now, stayed_away=True)
         self.blows.append(Blow(strike=strike, victim=name, at=now, round_open=self.story.open_round))
         if isinstance(victim, Running):
             self._hit_executor(strike, victim, now)
@@ -241,10 +243,11 @@ class Play:
                 self.outlived.append(Outlived(each, now))
         node.kill()
         stays_away = strike.long and node.name != SCHEDULER
-        self._owe(float("inf") if stays_away else now + strike.pause_s, f"{node.name} starts again", node.start)
+        due = now + (AWAY_TTLS * self._job.ttl_s if stays_away else strike.pause_s)
+        self._owe(due, f"{node.name} starts again", node.start, stays_away=stays_away)
 
-    def _owe(self, due: float, what: str, act: Callable[[], None]) -> None:
-        self._repairs.append(Repair(due, what, act))
+    def _owe(self, due: float, what: str, act: Callable[[], None], *, stays_away: bool = False) -> None:
+        self._repairs.append(Repair(due, stays_away, what, act))
 
     def _say(self, text: str) -> None:
         at = time.monotonic() - self._began
