@@ -2,7 +2,7 @@
 
 Strike: role ── kill (SIGKILL) or stop (SIGSTOP for two ttls, then SIGCONT)
         when  ── the first moment of a kind at or after a round, and then so much more of the journal
-        after ── a kill: started again after a pause, or only after the next strike
+        after ── a kill: started again after a pause, or only with the next strike
 """
 
 import random
