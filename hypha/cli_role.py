@@ -38,6 +38,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set lease.ttl_s=10; repeat for several."),
 ]
+Standby = Annotated[bool, typer.Option("--standby", help="Wait, and lead the job once nobody else does any more.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: set the state of earlier runs aside.")]
 TimeoutS = Annotated[float, typer.Option(min=0.1, help="Patience in seconds.")]
 
@@ -49,7 +50,7 @@ class Role(Struct, frozen=True):
     summary: str
     config: "Callable[[], type[NodeConfig]]"
     run: Callable[[], Run]
-    # Its `run` takes fresh=True: what it did before is set aside.
+    # Its `run` takes fresh=True (what it did before is set aside) and standby=True (it waits for its turn).
     starts_over: bool = False
     # Its `run` takes stopping=Event: once that is set it leaves politely and returns.
     leaves_politely: bool = False
@@ -179,9 +180,14 @@ def _run_command(role: Role) -> Callable[..., None]:
         overrides: Overrides = None,
         validate: Validate = False,
         fresh: Fresh = False,
+        standby: Standby = False,
     ) -> None:
         """Run the job to its end, going on where an earlier run left it; SIGINT or SIGTERM ends it before."""
-        _start(role, config or context.obj, overrides, validate=validate, run=lambda: partial(role.run(), fresh=fresh))
+
+        def started() -> Run:
+            return partial(role.run(), fresh=fresh, standby=standby)
+
+        _start(role, config or context.obj, overrides, validate=validate, run=started)
 
     if not role.starts_over:
         return run

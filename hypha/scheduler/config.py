@@ -129,6 +129,8 @@ class SchedulerTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     retry_s: Annotated[float, Meta(gt=0)] = 2.0
     # One message without an answer for so long is sent again.
     patience_s: Annotated[float, Meta(gt=0)] = 15.0
+    # A standby takes over where the leader has not renewed its hold on the job's store for so long.
+    hold_s: Annotated[float, Meta(gt=0, le=3600)] = 30.0
     breaker: BreakerLimits = BreakerLimits()
 
 

@@ -10,18 +10,25 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from msgspec import Struct
 
 from hypha.errors import ConfigError, StoreError
+from hypha.runtime import Runtime
 from hypha.scheduler.config import Config
+from hypha.scheduler.hold import Hold
 from hypha.store.disk import Disk, RealDisk
 from hypha.store.objects import ObjectStore, open_objects
 from hypha.telemetry import get_logger
 
 log = get_logger("scheduler")
+
+
+class InUse(ConfigError):
+    """Another process holds the job's directory."""
 
 
 class Place(Struct, frozen=True, kw_only=True):
@@ -44,7 +51,7 @@ def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
         try:
             held.enter_context(RealDisk(config.state_dir).lock(f"{name}.lock"))
         except StoreError as error:
-            raise ConfigError(f"state_dir: {error}; one scheduler leads a job") from error
+            raise InUse(f"state_dir: {error}; one scheduler leads a job") from error
         try:
             if fresh:
                 _set_aside(directory)
@@ -55,6 +62,32 @@ def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
         except (StoreError, OSError) as error:
             raise ConfigError(f"state_dir: {error}") from error
         yield Place(disk=disk, objects=_objects(config, directory, fresh=fresh), directory=downloads)
+
+
+async def await_turn(config: Config, runtime: Runtime, *, scheduler: str) -> None:
+    """Stand by until nobody leads the job any more: its hold has lapsed, and its directory is free.
+
+    Raises ConfigError for a store that cannot be used.
+    """
+    directory = config.state_dir / config.scheduler.job.name
+    objects = await runtime.run_blocking(partial(_objects, config, directory, fresh=False))
+    hold = Hold(objects, runtime, scheduler=scheduler, hold_s=config.scheduler.hold_s)
+    log.info("Standing by until the leader's hold lapses", job=config.scheduler.job.name)
+    while True:
+        await hold.lapsed()
+        in_use = await runtime.run_blocking(_in_use, config)
+        if in_use is None:
+            return
+        # A leader that stands still: the kernel frees its lock when it ends.
+        log.warn("The job's directory is still in use", reason=in_use)
+
+
+def _in_use(config: Config) -> str | None:
+    try:
+        with open_place(config):
+            return None
+    except InUse as error:
+        return str(error)
 
 
 def _objects(config: Config, directory: Path, *, fresh: bool) -> ObjectStore:

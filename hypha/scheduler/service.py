@@ -10,7 +10,7 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from hypha.errors import HyphaError, JobFailed, PeerUnreachable, RemoteProtocolError
+from hypha.errors import ConfigError, HyphaError, JobFailed, PeerUnreachable, RemoteProtocolError
 from hypha.network.fetch import Providers, fetch_manifest
 from hypha.network.health import serve_health
 from hypha.network.host import open_network
@@ -28,8 +28,9 @@ from hypha.scheduler.committer import Committer
 from hypha.scheduler.config import Config, JobConfig
 from hypha.scheduler.coordinator import FAILURES_IN_A_ROW_MAX, Coordinator
 from hypha.scheduler.crew import Crew
+from hypha.scheduler.hold import Hold
 from hypha.scheduler.pace import Pacing
-from hypha.scheduler.place import Place, open_place
+from hypha.scheduler.place import Place, await_turn, open_place
 from hypha.scheduler.pool import LeasedWorker, Pool
 from hypha.scheduler.standing import Standing
 from hypha.scheduler.store import JobStore, Remembered, open_store
@@ -65,6 +66,8 @@ class Scheduler:
         self._started = runtime.now()
         self._standing = Standing()
         self._answers = Answers(network, place.directory)
+        self._hold = Hold(place.objects, runtime, scheduler=network.peer_id, hold_s=self._table.hold_s)
+        self._leading: tuple[JobStore, int] | None = None
         serve_health(network, runtime, "scheduler", self._detail)
 
     @property
@@ -75,8 +78,23 @@ class Scheduler:
         return {"job": self._job.name, **self._answers.detail(), "waiting": self._standing.words()}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run the job to its end. Raises JobFailed with the reason when there is none."""
+        """Run the job to its end. Raises JobFailed with the reason when there is none, Deposed where another leads."""
         task_status.started()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._hold.keep, self._deposed, self._standing)
+                await self._run()
+                nursery.cancel_scope.cancel()
+        except* HyphaError as errors:
+            raise _first(errors) from errors
+
+    def _deposed(self) -> str | None:
+        if self._leading is None:
+            return None
+        store, epoch = self._leading
+        return store.taken_over(epoch)
+
+    async def _run(self) -> None:
         dataset = await self._find_dataset()
         with ExitStack() as held:
             opening = open_store(
@@ -120,6 +138,7 @@ class Scheduler:
         remembered = await runtime.run_blocking(store.load)
         chain = await runtime.run_blocking(_start, store)
         epoch = await runtime.run_blocking(self._begin_epoch, store)
+        self._leading = (store, epoch)
         job_id = store.opened.job_id
         log.info(
             "Job started",
@@ -331,14 +350,23 @@ def _first(errors: BaseExceptionGroup[HyphaError]) -> HyphaError:
 
 
 async def run(
-    config: Config, *, fresh: bool = False, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    config: Config,
+    *,
+    fresh: bool = False,
+    standby: bool = False,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run this configuration's job to its end; `fresh` sets aside what an earlier run left.
 
-    Raises ConfigError (unusable store, or in use), StoreError (damaged) or JobFailed.
+    With `standby` it waits until nobody leads the job any more. Raises ConfigError (unusable store, or in use),
+    StoreError (damaged; Deposed: another leads) or JobFailed.
     """
     runtime = RealRuntime()
     identity = load_identity(config)
+    if standby and fresh:
+        raise ConfigError("--standby goes on with a job, --fresh starts it over: not both")
+    if standby:
+        await await_turn(config, runtime, scheduler=identity.peer_id)
     with ExitStack() as held:
         place = await runtime.run_blocking(held.enter_context, open_place(config, fresh=fresh))
         async with open_network(identity, config, role="scheduler", runtime=runtime) as network:

@@ -139,6 +139,14 @@ class JobStore:
         self._append(entry)
         return entry.job_epoch
 
+    def taken_over(self, job_epoch: int) -> str | None:
+        """Return who has begun a higher epoch, None where nobody has. May overlap with everything else."""
+        link = self._links.peek()
+        found = None if link is None else manifest.from_bytes(link.payload)
+        if not isinstance(found, manifest.JobEpochStarted) or found.job_epoch <= job_epoch:
+            return None
+        return f"{found.scheduler} leads the job under epoch {found.job_epoch}; this one was {job_epoch}"
+
     def commit(self, entry: manifest.RoundCommitted) -> None:
         """Make a round durable; calling again with the same entry after a StoreError finds out what became of it."""
         self._append(entry)

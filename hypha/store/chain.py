@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from hypha.errors import StoreError
-from hypha.store.disk import AlreadyExists
+from hypha.store.disk import AlreadyExists, NotFound
 from hypha.store.objects import ObjectStore
 
 FOLDER = "chain"
@@ -81,6 +81,13 @@ class Chain:
         for number in numbers[known:]:
             self._links.append(self._read(number))
         return tuple(self._links[known:])
+
+    def peek(self) -> Link | None:
+        """Return the entry after those known, if somebody made one; it stays unknown. May be called beside the rest."""
+        try:
+            return self._read(len(self._links))
+        except NotFound:
+            return None
 
     def append(self, payload: bytes) -> Link:
         """Make the next entry. Returns once it is durable and ours.

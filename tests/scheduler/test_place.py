@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import pytest
+import trio
 
 from hypha.config import load_config
 from hypha.errors import ConfigError
 from hypha.scheduler.config import Config
-from hypha.scheduler.place import open_place
+from hypha.scheduler.hold import Hold
+from hypha.scheduler.place import await_turn, open_place
+from hypha.scheduler.standing import Standing
+from tests.sim.virtual import VirtualRuntime
 
 TEXT = """
 cert_pem = "a.pem"
@@ -84,3 +88,43 @@ def test_a_state_directory_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "state").write_text("a file")
     with pytest.raises(ConfigError, match=r"state_dir: .*/state"), open_place(config()):
         pass
+
+
+async def test_a_standby_waits_until_the_hold_has_lapsed_and_the_directory_is_free(autojump_clock, config):
+    turned = []
+
+    async def stand_by() -> None:
+        await await_turn(config(), VirtualRuntime(1, "standby"), scheduler="standby")
+        turned.append(trio.current_time())
+
+    began, hold_s = trio.current_time(), config().scheduler.hold_s
+    async with trio.open_nursery() as nursery:
+        with open_place(config()):
+            nursery.start_soon(stand_by)
+            await trio.sleep(3.5 * hold_s)
+            assert turned == []
+    assert len(turned) == 1
+    assert turned[0] - began <= 5 * hold_s
+
+
+async def test_a_standby_looks_where_the_leader_keeps_its_chain(autojump_clock, config, tmp_path):
+    shared = f"file://{tmp_path}/shared"
+    leader, follower = (
+        config(HYPHA_CHECKPOINT_URL=shared, HYPHA_STATE_DIR=str(tmp_path / name)) for name in ("leader", "follower")
+    )
+    hold_s, turned = leader.scheduler.hold_s, []
+
+    async def stand_by() -> None:
+        await await_turn(follower, VirtualRuntime(1, "standby"), scheduler="standby")
+        turned.append(trio.current_time())
+
+    async with trio.open_nursery() as nursery:
+        with open_place(leader) as place:
+            hold = Hold(place.objects, VirtualRuntime(1, "leader"), scheduler="leader", hold_s=hold_s)
+            nursery.start_soon(stand_by)
+            with trio.move_on_after(10 * hold_s):
+                await hold.keep(lambda: None, Standing())
+            assert turned == []
+            ended = trio.current_time()
+            await trio.sleep(2 * hold_s)
+    assert 0.7 * hold_s < turned[0] - ended <= hold_s

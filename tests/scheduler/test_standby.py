@@ -1,0 +1,163 @@
+"""A standby takes over when the leader's hold on the store lapses, under a higher epoch; the deposed leader stops."""
+
+import pytest
+import trio
+from msgspec.structs import replace
+
+from hypha.protocol.manifest import JobEpochStarted
+from hypha.scheduler.hold import Beat, Hold, Seen, Watch
+from hypha.scheduler.standing import Standing
+from hypha.scheduler.store import Deposed
+from hypha.store.memory_disk import MemoryDisk
+from hypha.store.objects import DirectoryObjects
+from tests.scheduler.stage import Stage
+from tests.sim.machines import SchedulerMachine, ShelvedObjects
+from tests.sim.virtual import VirtualRuntime
+
+HOLD_S = 10.0
+
+
+class StandbyMachine(SchedulerMachine):
+    """`hypha-scheduler run --standby`: a journal and an identity of its own, the leader's store."""
+
+    async def main(self, network, runtime):
+        table = self.config.scheduler
+        await Hold(self.objects, runtime, scheduler=network.peer_id, hold_s=table.hold_s).lapsed()
+        await super().main(network, runtime)
+
+
+class TwoSchedulers(Stage):
+    """A stage with a standby; `leader` names whose job is looked at."""
+
+    leader = "scheduler"
+
+    def _build(self):
+        super()._build()
+        first = self.scheduler
+        second = self._add(StandbyMachine, "standby")
+        second.objects = ShelvedObjects(first.disk, new_id=lambda: second.runtime.new_id())
+        second.objects.shelf = second.directory / "shelf"
+        second.config = self._config()
+
+    def _config(self):
+        config = super()._config()
+        return replace(config, scheduler=replace(config.scheduler, hold_s=HOLD_S))
+
+    @property
+    def scheduler(self):
+        return self.machines[self.leader]
+
+    def _break(self, invariant, how):
+        # That is what a deposed leader ends with.
+        if "leads the job under epoch" not in how:
+            super()._break(invariant, how)
+
+    def epochs(self):
+        return [(entry.scheduler, entry.job_epoch) for entry in self.chain() if isinstance(entry, JobEpochStarted)]
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return lambda **options: TwoSchedulers(tmp_path, **options)
+
+
+def test_a_standby_goes_on_from_the_last_commit_when_the_leader_dies(stage):
+    stage = stage(rounds=4, ttl_s=8.0)
+
+    async def script(stage):
+        await stage.said("Round committed", "round=2")
+        before = stage.chain()
+        stage.leader = "standby"
+        stage.crash_now("scheduler")
+        died = trio.current_time()
+        line = await stage.said("standby INFO scheduler: Job started", "job_epoch=2")
+        assert HOLD_S * 0.8 < trio.current_time() - died < HOLD_S + 3.0
+        assert f"model_digest={stage.rounds()[1].merged.model_digest}" in line.split()
+        await stage.done()
+        assert stage.epochs() == [("scheduler", 1), ("standby", 2)]
+        assert stage.chain()[: len(before)] == before
+        assert [entry.merged.round for entry in stage.rounds()] == [1, 2, 3, 4]
+
+    stage.play(script)
+
+
+def test_a_leader_that_stood_still_is_deposed_and_stops_when_it_wakes(stage):
+    stage = stage(rounds=6, ttl_s=8.0)
+
+    async def script(stage):
+        await stage.said("Round committed", "round=1")
+        stage.leader = "standby"
+        stage.fabric.stop("scheduler")
+        await stage.said("Job started", "job_epoch=2")
+        stage.fabric.go("scheduler")
+        await stage.said("role ended", "leads the job under epoch 2")
+        assert not stage.machines["scheduler"].is_up
+        await stage.done()
+        assert stage.epochs() == [("scheduler", 1), ("standby", 2)]
+        assert [entry.merged.round for entry in stage.rounds()] == [1, 2, 3, 4, 5, 6]
+
+    stage.play(script)
+
+
+def test_a_standby_stays_out_of_it_while_the_leader_lives(stage):
+    stage = stage(rounds=8, samples=96)
+
+    async def script(stage):
+        await stage.said("Standing by", "leader=scheduler")
+        await stage.scheduler.finished.wait()
+        assert stage.epochs() == [("scheduler", 1)]
+        assert not stage.lines("lapsed")
+
+    stage.play(script)
+
+
+def test_a_hold_lapses_only_when_its_number_stands_still_for_its_own_duration():
+    def seen(number: int, hold_s: float = 20.0) -> Seen:
+        return Seen(f"hold/{number:012d}", Beat(scheduler="a", hold_s=hold_s))
+
+    watch = Watch(10.0, now=100.0)
+    assert watch.see(Seen("", None), 100.0) == 10.0
+    assert watch.see(seen(1), 109.0) == 20.0
+    assert watch.see(seen(2), 128.0) == 20.0
+    assert watch.see(seen(2), 147.0) == 1.0
+    assert watch.see(seen(2), 148.0) == 0.0
+    # A lower number is another hold, begun anew: it is alive as well.
+    assert watch.see(seen(1), 149.0) == 20.0
+
+
+async def test_a_hold_is_renewed_under_one_name_at_a_time_until_another_leads(autojump_clock):
+    objects = DirectoryObjects(MemoryDisk(seed=1), new_id=iter(map(str, range(1000))).__next__)
+    runtime = VirtualRuntime(1, "a")
+    hold = Hold(objects, runtime, scheduler="a", hold_s=HOLD_S)
+    found = []
+
+    def deposed():
+        found.append(objects.names("hold"))
+        return "b leads" if len(found) == 4 else None
+
+    with pytest.raises(Deposed, match="b leads"):
+        await hold.keep(deposed, Standing())
+    assert [len(names) for names in found] == [1, 1, 1, 1]
+    assert len({names[0] for names in found}) == 4
+    assert trio.current_time() == pytest.approx(3 * HOLD_S / 5)
+    assert hold.look().beat == Beat(scheduler="a", hold_s=HOLD_S)
+
+
+async def test_a_store_that_cannot_be_written_is_said_and_the_leader_leads_on(autojump_clock):
+    objects = DirectoryObjects(MemoryDisk(seed=1, capacity_bytes=10), new_id=iter(map(str, range(1000))).__next__)
+    hold, standing = Hold(objects, VirtualRuntime(1, "a"), scheduler="a", hold_s=HOLD_S), Standing()
+    with trio.move_on_after(HOLD_S) as leading:
+        await hold.keep(lambda: None, standing)
+    assert leading.cancelled_caught
+    assert "The hold on the job's store cannot be renewed" in standing.words()
+
+
+async def test_numbers_that_another_scheduler_took_meanwhile_are_passed_over(autojump_clock):
+    objects = DirectoryObjects(MemoryDisk(seed=1), new_id=iter(map(str, range(1000))).__next__)
+    mine, theirs = (Hold(objects, VirtualRuntime(1, name), scheduler=name, hold_s=HOLD_S) for name in "ab")
+    with trio.move_on_after(HOLD_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mine.keep, lambda: None, Standing())
+            nursery.start_soon(theirs.keep, lambda: None, Standing())
+    assert len(objects.names("hold")) == 1
+    assert int(objects.names("hold")[0][-12:]) >= 8
