@@ -31,6 +31,8 @@ log = get_logger("scheduler")
 PARAMETER_SERVERS = 1
 # After the start, workers that are missing are asked for again no more often than this.
 RETRY_MAX_S = 30.0
+# A worker that comes meanwhile is asked this soon: who is connected is looked at, nobody announces it.
+ARRIVALS_S = 1.0
 
 
 class Crew:
@@ -78,7 +80,7 @@ class Crew:
             reason = await self._hire(asks)
             if not self._missing():
                 continue
-            reason = f"{reason or 'one was lost at once'}; workers connected: {self._workers_connected()}"
+            reason = f"{reason or 'one was lost at once'}; workers connected: {len(self._connected())}"
             self._started = self._started or self._can_start()
             if not self._started and self._runtime.now() >= deadline:
                 raise JobFailed(f"the job found too few workers in {self._resources.find_s:g} s: {reason}")
@@ -90,15 +92,16 @@ class Crew:
         trainers = sum(worker.work == "train" for worker in live)
         return trainers >= self._resources.fewest and len(live) - trainers >= PARAMETER_SERVERS
 
-    def _workers_connected(self) -> int:
-        return sum("worker" in peer.roles for peer in self._network.connected_peers())
+    def _connected(self) -> frozenset[str]:
+        return frozenset(peer.peer_id for peer in self._network.connected_peers() if "worker" in peer.roles)
 
     async def _rest(self, backoff: Backoff) -> None:
-        """Wait before asking again, but not when one more is gone."""
-        before = self._missed()
+        """Wait before asking again, but not when one more is gone or a worker has come."""
+        before, known = self._missed(), self._connected()
         with trio.move_on_after(backoff.next_s()):
-            while self._missed() <= before:
-                await self._job.changed()
+            while self._missed() <= before and self._connected() <= known:
+                with trio.move_on_after(ARRIVALS_S):
+                    await self._job.changed()
             backoff.reset()
 
     def _missed(self) -> int:

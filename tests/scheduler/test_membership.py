@@ -3,6 +3,7 @@
 import pytest
 import trio
 
+from hypha.protocol.messages import Health
 from tests.scheduler.stage import Stage
 from tests.sim.machines import WorkerMachine
 
@@ -134,5 +135,28 @@ def test_more_than_max_workers_are_not_taken(stage):
         await stage.done()
         assert {len(entry.contributions) for entry in stage.rounds()} <= {2, 3}
         assert len(stage.lines("Worker leased", "work=train")) == 3
+
+    stage.play(script)
+
+
+def test_a_worker_that_comes_while_one_is_missing_is_asked_at_once(stage):
+    late = "worker-3"
+    stage = stage(trainers=2, spares=1, absent=late, rounds=30, samples=64, ttl_s=6.0, deadline_s=60.0)
+
+    async def script(stage):
+        await stage.said("Round committed", "round=1")
+        stage.crash_now(stage.trainers()[0])
+        # By now it asks every half minute only, and has just done so.
+        await stage.until(lambda: len(stage.lines("Advertised")) == 8)
+        await trio.sleep(4.0)
+        assert len(stage.trainers()) == 1
+        stage.start(late)
+        await stage.until(lambda: stage.machines[late].is_up and stage.machines[late].worker is not None)
+        came = trio.current_time()
+        # In a real network everybody who listens to the advertisements is connected sooner or later.
+        await stage.network(late).request("scheduler", Health())
+        await stage.until(lambda: late in stage.trainers())
+        assert trio.current_time() - came < 4.0
+        await stage.done()
 
     stage.play(script)
