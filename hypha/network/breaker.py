@@ -33,25 +33,29 @@ class Breaker:
     def __init__(self, limits: BreakerLimits) -> None:
         self._limits = limits
         self._failures = 0
-        self._closed_until: float | None = None  # the next attempt is let through then
+        self._open_until: float | None = None  # the next attempt is let through then
 
     def admit(self, now: float) -> float:
         """Let an attempt through: 0; or return in how many seconds one will be."""
-        if self._closed_until is None:
+        if self._open_until is None:
             return 0.0
-        if now < self._closed_until:
-            return self._closed_until - now
+        if now < self._open_until:
+            return self._open_until - now
         # Half-open: the others wait for what becomes of this one, or for so long.
-        self._closed_until = now + self._limits.open_s
+        self._open_until = now + self._limits.open_s
         return 0.0
+
+    def is_open(self, now: float) -> bool:
+        """Whether an attempt would have to wait; asking changes nothing."""
+        return self._open_until is not None and now < self._open_until
 
     def failed(self, now: float) -> bool:
         """An attempt had no answer; returns whether that opened the breaker."""
         self._failures += 1
         if self._failures < self._limits.failures:
             return False
-        was_closed = self._closed_until is None
-        self._closed_until = now + self._limits.open_s
+        was_closed = self._open_until is None
+        self._open_until = now + self._limits.open_s
         return was_closed
 
 
@@ -68,6 +72,11 @@ class Breakers:
         """Let an attempt through: 0; or return in how many seconds one will be."""
         breaker = self._breakers.get(peer_id)
         return 0.0 if breaker is None else breaker.admit(self._runtime.now())
+
+    def leaves_alone(self, peer_id: str) -> bool:
+        """Whether the peer is left alone now; for those who have a choice of peers."""
+        breaker = self._breakers.get(peer_id)
+        return breaker is not None and breaker.is_open(self._runtime.now())
 
     async def admitted(self, peer_id: str) -> None:
         """Return as soon as an attempt may be made."""

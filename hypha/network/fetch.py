@@ -20,8 +20,8 @@ from msgspec.structs import replace
 
 from hypha.dataset import MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, digest_of_manifest, parse_manifest
 from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError
-from hypha.network.lane import Lane, Terms, lane_of
 from hypha.network.breaker import Breakers
+from hypha.network.lane import Lane, Terms, lane_of
 from hypha.network.retry import Backoff
 from hypha.network.seam import Network, Stream
 from hypha.network.transfer import CHUNK_BYTES, partial_size, receive_file
@@ -76,7 +76,7 @@ class Providers:
         self._runtime.random.shuffle(found)
         found.sort(key=lambda peer_id: (self._corrupt[peer_id], self._failures[peer_id]))
         # Where nobody else is left, whoever was silent lately is better than no one.
-        return [peer_id for peer_id in found if not self._breakers.admit(peer_id)] or found
+        return [peer_id for peer_id in found if not self._breakers.leaves_alone(peer_id)] or found
 
     async def _look_up(self, key: str) -> list[str]:
         with trio.move_on_after(LOOKUP_PATIENCE_S):
@@ -88,7 +88,7 @@ class Providers:
         self._failures.pop(peer_id, None)
         self._breakers.worked(peer_id)
 
-    def failed(self, peer_id: str, *, silent: bool) -> None:
+    def failed(self, peer_id: str, *, silent: bool = False) -> None:
         """It refused, or broke off; `silent`: it could not be reached."""
         self._failures[peer_id] += 1
         if silent:

@@ -79,14 +79,15 @@ class Session:
         self.ended = False
         self._events_in, self._events_out = trio.open_memory_channel[Event](EVENTS_BUFFERED_MAX)
         self._changed = trio.Event()
+        breakers = Breakers(context.runtime, context.transfers.breaker)
         self.outbox = Outbox(
             context.network,
             backoff=self.backoff,
             patience_s=context.transfers.stall_s,
             answered=self.answered,
-            breakers=Breakers(context.runtime, context.transfers.breaker),
+            breakers=breakers,
         )
-        self._providers = Providers(context.network, context.runtime, context.job.dataset.name)
+        self._providers = Providers(context.network, context.runtime, context.job.dataset.name, breakers)
 
     # --- from the network -----------------------------------------------------------------------------------------
 

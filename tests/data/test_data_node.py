@@ -10,6 +10,7 @@ from hypha.config import load_config
 from hypha.data_node import Config, DataNode, Turns, open_datasets
 from hypha.dataset import MANIFEST_NAME, open_dataset
 from hypha.errors import ConfigError, PeerUnreachable, Refused, RemoteProtocolError
+from hypha.network.breaker import BreakerLimits, Breakers
 from hypha.network.fetch import LOOKUP_FRESH_S, Providers, fetch_manifest, provider_key
 from hypha.network.memory import MemoryFabric
 from hypha.network.memory_faults import FaultProfile
@@ -130,6 +131,30 @@ async def test_providers_are_looked_up_once_while_they_deliver(autojump_clock, f
                 assert sorted(await providers.ranked(dataset.digest)) == ["one", "three", "two"]
                 providers.failed("two")
                 assert (await providers.ranked(dataset.digest))[0] == "three"
+
+
+async def test_a_provider_that_stays_silent_is_not_tried_while_there_is_another(autojump_clock, fabric, directory):
+    dataset = open_dataset(directory)
+    async with (
+        data_node(fabric, "one", directory),
+        data_node(fabric, "two", directory),
+        fabric.node("worker", {"worker"}) as worker,
+    ):
+        machine = runtime()
+        providers = Providers(worker, machine, "book", Breakers(machine, BreakerLimits(failures=2, open_s=10.0)))
+        assert sorted(await providers.ranked(dataset.digest)) == ["one", "two"]
+        providers.failed("one", silent=True)
+        assert await providers.ranked(dataset.digest) == ["two", "one"]
+        providers.failed("one", silent=True)
+        assert await providers.ranked(dataset.digest) == ["two"]
+        providers.failed("two", silent=True)
+        providers.failed("two", silent=True)
+        assert sorted(await providers.ranked(dataset.digest)) == ["one", "two"]
+        await trio.sleep(10.0)
+        assert sorted(await providers.ranked(dataset.digest)) == ["one", "two"]
+        providers.worked("two")
+        providers.failed("one", silent=True)
+        assert await providers.ranked(dataset.digest) == ["two"]
 
 
 async def test_a_provider_that_dies_in_the_middle_is_replaced_and_the_rest_comes_from_another(
