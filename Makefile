@@ -5,10 +5,10 @@ KILLS ?= 8
 BENCH ?= rest
 ARGS ?=
 
-.PHONY: help setup check test sim e2e chaos bench demo certs docs clean
+.PHONY: help setup check test sim sim-mutants e2e chaos bench demo certs docs clean
 
 help: ## print this list
-	@grep -E '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
 
 .venv/.installed: pyproject.toml constraints.txt scripts/setup.sh
 	scripts/setup.sh
@@ -23,6 +23,9 @@ test: setup ## the tests that need no network of real processes
 
 sim: setup ## whole clusters in virtual time: SEEDS=n, SEED_START=s, or SEED=k to replay one
 	$(BIN)/python -m tests.sim.main --seeds $(SEEDS) $(if $(SEED_START),--start $(SEED_START)) $(if $(SEED),--seed $(SEED))
+
+sim-mutants: setup ## defects planted in a copy of the tree, and what catches each: ARGS='--random 200'
+	$(BIN)/python -m tests.mutants.main $(ARGS)
 
 e2e: setup ## the tutorial with real processes, certificates and sockets
 	$(BIN)/pytest -q tests/e2e

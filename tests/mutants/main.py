@@ -1,0 +1,159 @@
+"""`make sim-mutants`: defects planted in a copy of the tree, and what catches each; the last line is JSON.
+
+    python -m tests.mutants.main [--seeds 21] [--random 40] [--start 0]   all planted ones, then random ones
+    python -m tests.mutants.main --only "stale view accepted" --random 0  one planted defect
+    python -m tests.mutants.main --no-planted --random 200                random ones alone
+
+A planted defect meets the simulation and the tests of its module; a random one the tests of its module only. The copy
+as it is must pass both first. Exit code 1: a planted defect was missed, or too many random ones survived.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from tests.mutants.mutations import Mutation, mutate
+from tests.mutants.planted import AUCTION, LEASE, LEASES_AND_SAMPLES, SLICES, Planted
+from tests.mutants.planted_rounds import COLLECT, ROUNDS, ROUNDS_AND_STATE
+from tests.mutants.scratch import Scratch
+
+PLANTED = LEASES_AND_SAMPLES + ROUNDS_AND_STATE
+# What random mutations strike, each module with its own tests.
+MUTATED = {
+    "hypha/protocol/lease.py": LEASE,
+    "hypha/protocol/auction.py": AUCTION,
+    "hypha/protocol/auction_matching.py": AUCTION,
+    "hypha/protocol/auction_scheduler.py": AUCTION,
+    "hypha/protocol/auction_worker.py": AUCTION,
+    "hypha/protocol/slices.py": SLICES,
+    "hypha/protocol/rounds.py": ROUNDS,
+    "hypha/protocol/tally.py": ROUNDS,
+    "hypha/protocol/closing.py": ROUNDS,
+    "hypha/protocol/collect.py": COLLECT,
+    "hypha/protocol/manifest.py": ("tests/protocol/test_manifest.py",),
+}
+CAUGHT_SHARE_WANTED = 0.85
+
+
+class Fate(Struct, frozen=True, kw_only=True):
+    """What caught a planted defect: a violation of the simulation, a test, both, or nothing."""
+
+    name: str
+    simulation: str | None
+    tests: str | None
+
+
+def try_planted(scratch: Scratch, defect: Planted, seeds: int) -> Fate:
+    """Plant one defect and let simulation and tests look for it."""
+    with scratch.planted(defect.file, defect.applied(scratch.read(defect.file))):
+        found = scratch.tests(defect.tests)
+        return Fate(name=defect.name, simulation=scratch.simulation(seeds), tests=found)
+
+
+def draw(scratch: Scratch, number: int) -> Mutation:
+    """Return random mutation `number`: the same for the same tree."""
+    chance = random.Random(f"mutant:{number}")
+    # Longer modules have more to go wrong.
+    files = sorted(MUTATED)
+    file = chance.choices(files, weights=[len(scratch.read(file)) for file in files])[0]
+    return mutate(file, scratch.read(file), chance)
+
+
+def try_random(scratch: Scratch, mutation: Mutation) -> str | None:
+    """Return which test caught a random mutation, or None."""
+    with scratch.planted(mutation.file, mutation.text):
+        return scratch.tests(MUTATED[mutation.file])
+
+
+def say(line: str) -> None:
+    """Write a line of the protocol at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def is_sound(scratch: Scratch, seeds: int, tests: Sequence[str]) -> bool:
+    """Whether nothing is caught where nothing was planted."""
+    failed = scratch.tests(tests) or (scratch.simulation(seeds) if seeds else None)
+    if failed is not None:
+        say(f"the tree is broken as it is: {failed}")
+    return failed is None
+
+
+def all_planted(scratch: Scratch, defects: Sequence[Planted], seeds: int) -> list[Fate]:
+    """Try every planted defect."""
+    fates = []
+    for defect in defects:
+        fate = try_planted(scratch, defect, seeds)
+        fates.append(fate)
+        say(f"{defect.name} ({defect.file}): {defect.breaks}")
+        say(f"    simulation  {fate.simulation or '-'}")
+        say(f"    tests       {fate.tests or '-'}")
+    return fates
+
+
+def all_random(scratch: Scratch, numbers: Sequence[int]) -> tuple[int, list[str]]:
+    """Try random mutations; returns how many were caught, and the others' diffs."""
+    caught, survivors = 0, []
+    for number in numbers:
+        mutation = draw(scratch, number)
+        found = try_random(scratch, mutation)
+        where = f"random {number}: {mutation.kind} at {mutation.file}:{mutation.line}"
+        if found is None:
+            survivors.append(f"{where}\n{mutation.diff}")
+            say(f"{where} SURVIVED\n{mutation.diff}")
+        else:
+            caught += 1
+            say(f"{where}: {found}")
+    return caught, survivors
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants.main")
+    parser.add_argument("--seeds", type=int, default=21, help="of the simulation, for each planted defect")
+    parser.add_argument("--random", type=int, default=40, help="how many random mutations")
+    parser.add_argument("--start", type=int, default=0, help="number of the first random mutation")
+    parser.add_argument("--only", action="append", help="name of a planted defect; may be repeated")
+    parser.add_argument("--no-planted", action="store_true", help="random mutations alone")
+    given = parser.parse_args(arguments)
+    for name in set(given.only or ()) - {defect.name for defect in PLANTED}:
+        parser.error(f"{name} is not planted")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try what the arguments name; returns the exit code."""
+    given = parsed(arguments)
+    chosen = [] if given.no_planted else [p for p in PLANTED if given.only is None or p.name in given.only]
+    modules = [p.tests for p in chosen] + (list(MUTATED.values()) if given.random else [])
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="hypha-mutants-") as directory:
+        scratch = Scratch(Path(directory))
+        if not is_sound(scratch, given.seeds if chosen else 0, sorted({path for each in modules for path in each})):
+            return 2
+        fates = all_planted(scratch, chosen, given.seeds)
+        random_caught, survivors = all_random(scratch, range(given.start, given.start + given.random))
+    missed = [fate.name for fate in fates if fate.simulation is None and fate.tests is None]
+    summary = {
+        "planted": len(fates),
+        "caught": len(fates) - len(missed),
+        "missed": missed,
+        "caught_by_simulation": sum(fate.simulation is not None for fate in fates),
+        "random": given.random,
+        "random_caught": random_caught,
+        "survivors": survivors,
+        "wall_s": round(time.perf_counter() - began, 1),
+    }
+    say(json.dumps(summary))
+    return 1 if missed or random_caught < CAUGHT_SHARE_WANTED * given.random else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
