@@ -31,6 +31,7 @@ SLICES = ("tests/protocol/test_slices.py", "tests/protocol/test_slices_propertie
 AUCTION = (
     "tests/protocol/test_auction_matching.py",
     "tests/protocol/test_auction_scheduler.py",
+    "tests/protocol/test_auction_replaced.py",
     "tests/protocol/test_auction_worker.py",
 )
 SCHEDULER = ("tests/scheduler",)

@@ -2,7 +2,11 @@
 
 from tests.mutants.planted import SCHEDULER, Planted
 
-ROUNDS = ("tests/protocol/test_rounds.py", "tests/protocol/test_rounds_properties.py")
+ROUNDS = (
+    "tests/protocol/test_rounds.py",
+    "tests/protocol/test_rounds_waits.py",
+    "tests/protocol/test_rounds_properties.py",
+)
 COLLECT = ("tests/protocol/test_collect.py", *ROUNDS)
 VIEWS = ("tests/protocol/test_views.py",)
 AGGREGATOR = ("tests/worker/test_aggregator.py", "tests/worker/test_aggregator_serving.py")
