@@ -161,7 +161,10 @@ Sent = SendAccepted | SendRefused | SendRebase
 
 
 class ViewChanged(BridgeMessage, frozen=True, kw_only=True):
-    """The newest view. A training executor whose base is not (round, base_digest) rebases at once."""
+    """The newest view. A training executor whose base is not (round, base_digest) rebases at once.
+
+    Views are numbered anew in each job epoch: of two, the one with the higher (job_epoch, view) is newer.
+    """
 
     view: Count
     round: Count
@@ -169,6 +172,7 @@ class ViewChanged(BridgeMessage, frozen=True, kw_only=True):
     member: bool
     committed_round: Count
     final: bool = False
+    job_epoch: Count = 0
 
 
 class UpdateArrived(BridgeMessage, frozen=True, kw_only=True):

@@ -59,6 +59,15 @@ class Finish(Struct, frozen=True):
     reason: str
 
 
+# A restarted scheduler numbers its views from the beginning, under a higher job epoch.
+Order = tuple[int, int]
+_BEFORE_ALL: Order = (-1, -1)
+
+
+def _order(view: ViewChanged) -> Order:
+    return view.job_epoch, view.view
+
+
 Move = Train | Wait | Apply | Return | Fetch | Finish
 
 
@@ -67,7 +76,7 @@ class Outlook:
 
     def __init__(self) -> None:
         self.view: ViewChanged | None = None
-        self.settled_view = -1
+        self.settled_view = _BEFORE_ALL
         self.updates: dict[int, UpdateArrived] = {}
         self.committed = 0
         self.over: str | None = None
@@ -77,7 +86,7 @@ class Outlook:
         """Add one event; older views and lower closes than those known change nothing."""
         match event:
             case ViewChanged():
-                if self.view is None or event.view > self.view.view:
+                if self.view is None or _order(event) > _order(self.view):
                     self.view = event
                     self.committed = max(self.committed, event.committed_round)
             case UpdateArrived():
@@ -91,7 +100,7 @@ class Outlook:
 
     def settle(self) -> None:
         """The views seen so far have had their effect."""
-        self.settled_view = -1 if self.view is None else self.view.view
+        self.settled_view = _BEFORE_ALL if self.view is None else _order(self.view)
         self.behind_since = None
 
     def forget_updates_from(self, round_: int) -> None:
@@ -114,7 +123,7 @@ def next_move(outlook: Outlook, kept: Mapping[int, Standing], here: int, now: fl
         return stay
     if (view.round, view.base_digest) == (here, kept[here].digest):
         return stay if view.member else Wait()
-    if view.view <= outlook.settled_view:
+    if _order(view) <= outlook.settled_view:
         return stay
     return _elsewhere(outlook, view, kept, here, now)
 

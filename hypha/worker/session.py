@@ -126,6 +126,7 @@ class Session:
                 member=any(member.lease_id == me for member in view.members),
                 committed_round=view.committed_round,
                 final=view.final,
+                job_epoch=view.job_epoch,
                 traceparent=view.traceparent,
             )
         )

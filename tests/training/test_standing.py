@@ -89,6 +89,18 @@ def test_older_views_and_lower_closes_change_nothing():
     assert (seen.view.round, seen.updates[3].close) == (3, 2)
 
 
+def test_views_of_a_new_job_epoch_are_newer_whatever_their_number():
+    # As a follower that the restarted scheduler adopts: its new round is an earlier one, and it is a member now.
+    seen = outlook(view(19, 13, "m", member=False, job_epoch=1))
+    seen.settle()
+    seen.take(view(2, 12, "l", job_epoch=2))
+    assert next_move(seen, kept(r13="m"), 13, now=0.0) == Fetch()
+    seen.settle()
+    assert next_move(seen, kept(r12="l", r13="m"), 12, now=0.0) == Train()
+    seen.take(view(20, 13, "m", member=False, job_epoch=1))
+    assert (seen.view.job_epoch, seen.view.round) == (2, 12)
+
+
 def test_what_is_committed_only_grows():
     seen = outlook(RoundCommitted(round=4, digest="d" * 64), view(9, 5, "d", committed_round=2))
     assert seen.committed == 4
