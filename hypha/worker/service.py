@@ -20,7 +20,7 @@ from hypha.errors import ConfigError, Refused, StoreError
 from hypha.network.host import open_network
 from hypha.network.seam import Network, Peer, Stream
 from hypha.pki import load_identity
-from hypha.protocol.lease import Already, Ended, Gone, Kept, Ledger, Sender, Stale, Start
+from hypha.protocol.lease import Already, Ended, Gone, Kept, Ledger, Sender, Stale, Start, State
 from hypha.protocol.lease import Stop as StopJob
 from hypha.protocol.messages import (
     Ack,
@@ -65,6 +65,8 @@ WORKERS = frozenset({"worker"})
 SWEEP_MAX_S = 0.25
 # The bound on leaving politely, whatever the network does: whoever sent the signal waits.
 LEAVE_S = 6.0
+# On leaving, so often it is looked whether every lease was given back.
+GIVEN_BACK_TICK_S = 0.05
 # Clocks are floats: waking a rounding error before a deadline must cost a moment, not spin.
 TICK_S = 0.001
 
@@ -84,6 +86,7 @@ class Worker:
         self.jobs = Jobs(network, runtime, self.ledger, launcher, config, self.cache)
         self.arbiter = Arbiter(network, runtime, self.ledger, fences, config)
         self._offering = trio.CancelScope()
+        self._leaving = False
 
     async def run(
         self, *, stopping: trio.Event | None = None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -114,14 +117,18 @@ class Worker:
 
     async def _leave(self) -> None:
         self._offering.cancel()
-        self._revoke(unless_at_work=True)
+        self._leaving = True
+        # What was accepted stays its holder's until that gives it back: the holder always stops first.
+        self._revoke(State.TEMPORARY)
         with trio.move_on_after(LEAVE_S):
             await self.jobs.leave()
+            while self.ledger.leases(self._runtime.now()):
+                await self._runtime.sleep(GIVEN_BACK_TICK_S)
 
-    def _revoke(self, *, unless_at_work: bool = False) -> None:
+    def _revoke(self, only: State | None = None) -> None:
         now = self._runtime.now()
         for lease in self.ledger.leases(now):
-            if lease.job_id is None or not unless_at_work:
+            if only in (None, lease.state):
                 self.ledger.revoke(lease.lease_id, reason=LEAVING, now=now)
 
     def _register(self) -> None:
@@ -179,6 +186,8 @@ class Worker:
 
     async def _dispatch(self, peer: Peer, message: DispatchJob) -> Ack | LeaseGone:
         job = message.job
+        if self._leaving:
+            raise Refused(LEAVING)
         executor = executor_named(self._config, job.executor, job.work)
         if executor is None:
             raise Refused(f"this worker has no executor {job.executor!r} of class {job.work!r}")

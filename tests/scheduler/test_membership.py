@@ -70,6 +70,24 @@ def test_a_parameter_server_that_is_told_to_stop_is_replaced_at_once(stage):
     stage.play(script)
 
 
+@pytest.mark.parametrize("at_s", [0.6, 1.1, 1.7, 2.3, 2.9, 3.4])
+@pytest.mark.parametrize("work", ["train", "aggregate"])
+def test_a_worker_may_leave_at_any_moment_and_come_back(stage, work, at_s):
+    stage = stage(trainers=2, spares=1, rounds=4, ttl_s=TTL_S, deadline_s=60.0, seed=round(at_s * 10))
+
+    async def script(stage):
+        await trio.sleep(at_s)
+        leaver = stage.working(work)[0].name if stage.working(work) else "worker-1"
+        ask_to_leave(stage, leaver)
+        await stage.until(lambda: not stage.machines[leaver].is_up)
+        stage.start(leaver)
+        await stage.done()
+        assert [entry.merged.round for entry in stage.rounds()] == [1, 2, 3, 4]
+        assert not stage.lines("Executor failed")
+
+    stage.play(script)
+
+
 def test_an_executor_that_gives_nothing_keeps_its_worker_only_for_a_moment(stage):
     stage = stage(trainers=2, rounds=3, samples=64, ttl_s=TTL_S, deadline_s=60.0)
 
