@@ -27,11 +27,16 @@ class Planted(Struct, frozen=True, kw_only=True):
 
 LEASE = ("tests/protocol/test_lease.py", "tests/protocol/test_lease_properties.py")
 HOLDER = ("tests/protocol/test_holder.py",)
-SLICES = ("tests/protocol/test_slices.py", "tests/protocol/test_slices_properties.py")
+SLICES = (
+    "tests/protocol/test_slices.py",
+    "tests/protocol/test_slices_sharing.py",
+    "tests/protocol/test_slices_properties.py",
+)
 AUCTION = (
     "tests/protocol/test_auction_matching.py",
     "tests/protocol/test_auction_scheduler.py",
     "tests/protocol/test_auction_replaced.py",
+    "tests/protocol/test_auction_bounds.py",
     "tests/protocol/test_auction_worker.py",
 )
 SCHEDULER = ("tests/scheduler",)
