@@ -76,6 +76,7 @@ class Play:
         self.outlived: list[Outlived] = []
         self._directory = directory
         self.run = run
+        self.ttl_s = job.ttl_s
         self.scheduler = scheduler
         self._nodes = {**nodes, SCHEDULER: scheduler}
         self._job = job

@@ -23,6 +23,9 @@ from tests.chaos.story import Story
 NOISE_SHARE = 0.05
 # An executor ends with its bridge: at once, or when its batch is done.
 OUTLIVES_MAX_S = 10.0
+# A victim may stay away for five ttls, its lease takes one to end, an executor some seconds to start. Beyond this a
+# round has waited to its deadline for somebody who could not contribute.
+RECOVERY_TTLS_MAX = 10
 MEMORY_GROWTH_MB_MAX = 32.0
 OPEN_FILES_GROWTH_MAX = 24
 ERRORS_SHOWN = 40
@@ -103,6 +106,9 @@ def _run_faults(calm: Play, chaos: Play) -> Iterator[str]:
     elif final - calm_loss > NOISE_SHARE * (first - calm_loss):
         yield f"loss {final:.4f} is worse than calm {calm_loss:.4f} by more than noise"
     yield from (f"crash: {each}" for each in (*calm.crashes, *chaos.crashes))
+    for blow in chaos.blows:
+        if blow.healed_s is not None and blow.healed_s > RECOVERY_TTLS_MAX * chaos.ttl_s:
+            yield f"strike {blow.strike.number + 1} on {blow.victim} took {blow.healed_s:.0f} s to heal"
     for each in chaos.outlived:
         if each.ended_s is None or each.ended_s > OUTLIVES_MAX_S:
             yield f"executor of {each.executor.worker} outlived its killed worker: {each.ended_s} s"
