@@ -33,7 +33,7 @@ ANNOUNCEMENTS_PER_WINDOW_MAX = KEYS_MAX
 # Kademlia's k: the closest peers asked for providers.
 ASKED_MAX = 20
 LOOKUP_S = 6.0
-# When the gateways know providers, others are waited for no longer: a dead peer would hold each lookup for LOOKUP_S.
+# When the gateways know providers, others are waited for only so long: a dead peer would hold each lookup for LOOKUP_S.
 MORE_S = 1.0
 MEASURE_S = 10.0
 
