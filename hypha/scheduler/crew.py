@@ -77,6 +77,7 @@ class Crew:
                 backoff.reset()
                 await self._grow()
                 continue
+            known = self._connected()
             reason = await self._hire(asks)
             if not self._missing():
                 continue
@@ -85,7 +86,7 @@ class Crew:
             if not self._started and self._runtime.now() >= deadline:
                 raise JobFailed(f"the job found too few workers in {self._resources.find_s:g} s: {reason}")
             self._standing.note("workers", f"Workers are missing: {reason}")
-            await self._rest(backoff)
+            await self._rest(backoff, known)
 
     def _can_start(self) -> bool:
         live = self._pool.live()
@@ -95,9 +96,9 @@ class Crew:
     def _connected(self) -> frozenset[str]:
         return frozenset(peer.peer_id for peer in self._network.connected_peers() if "worker" in peer.roles)
 
-    async def _rest(self, backoff: Backoff) -> None:
-        """Wait before asking again, but not when one more is gone or a worker has come."""
-        before, known = self._missed(), self._connected()
+    async def _rest(self, backoff: Backoff, known: frozenset[str]) -> None:
+        """Wait before asking again, but not when one more is gone or a worker has come beside those `known`."""
+        before = self._missed()
         with trio.move_on_after(backoff.next_s()):
             while self._missed() <= before and self._connected() <= known:
                 with trio.move_on_after(ARRIVALS_S):

@@ -157,7 +157,8 @@ def test_more_than_max_workers_are_not_taken(stage):
     stage.play(script)
 
 
-def test_a_worker_that_comes_while_one_is_missing_is_asked_at_once(stage):
+@pytest.mark.parametrize("after_s", [0.9, 4.0], ids=["while the auction ends", "between two auctions"])
+def test_a_worker_that_comes_while_one_is_missing_is_asked_at_once(stage, after_s):
     late = "worker-3"
     stage = stage(trainers=2, spares=1, absent=late, rounds=30, samples=64, ttl_s=6.0, deadline_s=60.0)
 
@@ -166,7 +167,7 @@ def test_a_worker_that_comes_while_one_is_missing_is_asked_at_once(stage):
         stage.crash_now(stage.trainers()[0])
         # By now it asks every half minute only, and has just done so.
         await stage.until(lambda: len(stage.lines("Advertised")) == 8)
-        await trio.sleep(4.0)
+        await trio.sleep(after_s)
         assert len(stage.trainers()) == 1
         stage.start(late)
         await stage.until(lambda: stage.machines[late].is_up and stage.machines[late].worker is not None)
