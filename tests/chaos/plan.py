@@ -47,12 +47,15 @@ def rounds_for(kills: int) -> int:
 
 
 def draw(kills: int, seed: int) -> list[Strike]:
-    """Return the strikes of a seed; every role has its turn before any has two more than another."""
-    chance = random.Random(seed)
+    """Return the strikes of a seed; every role has its turn before any has two more than another.
+
+    Fewer strikes are the first of more, so that what a long run found is found again by a shorter one.
+    """
+    chance = random.Random(f"roles of {seed}")
     roles: list[str] = []
     while len(roles) < kills:
         roles += chance.sample(ROLES, len(ROLES))
-    return [_strike(chance, number, role) for number, role in enumerate(roles[:kills])]
+    return [_strike(random.Random(f"{seed}.{number}"), number, role) for number, role in enumerate(roles[:kills])]
 
 
 def _strike(chance: random.Random, number: int, role: str) -> Strike:

@@ -42,6 +42,7 @@ def committed(round_: int, contributors: int = cast.TRAINERS) -> tuple[str, dict
 def test_a_seed_decides_everything():
     assert plan.draw(30, 5) == plan.draw(30, 5)
     assert plan.draw(30, 5) != plan.draw(30, 6)
+    assert plan.draw(30, 5)[:8] == plan.draw(8, 5)
 
 
 @pytest.mark.parametrize("kills", [1, 8, 300])
