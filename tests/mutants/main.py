@@ -1,6 +1,6 @@
 """`make sim-mutants`: defects planted in a copy of the tree, and what catches each; the last line is JSON.
 
-    python -m tests.mutants.main [--seeds 21] [--random 40] [--start 0]   all planted ones, then random ones
+    python -m tests.mutants.main [--seeds 28] [--random 40] [--start 0]   all planted ones, then random ones
     python -m tests.mutants.main --only "stale view accepted" --random 0  one planted defect
     python -m tests.mutants.main --no-planted --random 200                random ones alone
 
@@ -117,7 +117,7 @@ def all_random(scratch: Scratch, numbers: Sequence[int]) -> tuple[int, list[str]
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants.main")
-    parser.add_argument("--seeds", type=int, default=21, help="of the simulation, for each planted defect")
+    parser.add_argument("--seeds", type=int, default=28, help="of the simulation, for each planted defect")
     parser.add_argument("--random", type=int, default=40, help="how many random mutations")
     parser.add_argument("--start", type=int, default=0, help="number of the first random mutation")
     parser.add_argument("--only", action="append", help="name of a planted defect; may be repeated")
