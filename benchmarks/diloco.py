@@ -23,7 +23,7 @@ from benchmarks.report import Figure, print_report
 from hypha.dataset import open_dataset
 from hypha.dataset_tool import prepare
 from hypha.demo.corpus import standard_library
-from hypha.protocol.job import InnerOptimizer, ModelSpec, OuterOptimizer
+from hypha.protocol.job import InnerOptimizer, ModelSpec, OuterOptimizer, Schedule
 from hypha.training.batches import Batch, Rows
 from hypha.training.inner import InnerLoop, loss_of
 from hypha.training.models import build, parameters_of
@@ -38,12 +38,13 @@ MODEL: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.06,
 }
 WORKERS = 2
 BATCH = 16
 HELD_OUT_BATCHES = 16
-INNER = InnerOptimizer(learning_rate=3e-3)
+WARMUP_STEPS = 10
 OUTER = OuterOptimizer(learning_rate=0.7, momentum=0.9)
 CPU = torch.device("cpu")
 # Communicating 1/H as often may cost this much of the loss that data-parallel reaches on the same tokens.
@@ -78,6 +79,12 @@ def labelled(batch: Batch) -> Batch:
     return {**batch, "labels": batch["input_ids"]}
 
 
+def inner(steps: int) -> InnerOptimizer:
+    """Return the demo's inner optimizer for a run of `steps`, the same for both ways."""
+    schedule = Schedule(type="cosine", warmup_steps=WARMUP_STEPS, total_steps=steps, floor=0.1)
+    return InnerOptimizer(learning_rate=3e-3, weight_decay=0.1, clip_norm=1.0, schedule=schedule)
+
+
 def judge(model: torch.nn.Module, batches: list[Batch]) -> float:
     """Return the mean loss in nats per predicted byte."""
     with torch.no_grad():
@@ -92,7 +99,7 @@ def fresh() -> torch.nn.Module:
 def data_parallel(text: Text, steps: int) -> float:
     """Train with one AdamW on both workers' batches; returns the held-out loss."""
     model, batches = fresh(), text.batches()
-    loop = InnerLoop(model, INNER, CPU)
+    loop = InnerLoop(model, inner(steps), CPU)
     for _ in range(steps):
         pair = [next(batches) for _ in range(WORKERS)]
         loop.step({name: torch.cat([batch[name] for batch in pair]) for name in pair[0]}, round_=1)
@@ -103,7 +110,7 @@ def diloco(text: Text, steps: int, inner_steps: int) -> float:
     """Train the same tokens with an outer step after every `inner_steps`; returns the held-out loss."""
     batches = text.batches()
     models = [fresh() for _ in range(WORKERS)]
-    loops = [InnerLoop(model, INNER, CPU) for model in models]
+    loops = [InnerLoop(model, inner(steps), CPU) for model in models]
     base = {name: tensor.detach().clone() for name, tensor in parameters_of(models[0]).items()}
     momentum = {name: torch.zeros_like(tensor) for name, tensor in base.items()}
     for number in range(steps // inner_steps):
