@@ -5,7 +5,7 @@
 
     allocate(3 train, 1 aggregate) ─ release all ─ allocate … REPETITIONS times, each one auction
 
-200 ms of each are the workers' window and 50 ms the scheduler's last moment for a better offer (design §5).
+200 ms of each are the workers' window and 50 ms the scheduler's last moment for a better offer (leases.md).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A dataset on disk: SafeTensors slices and the manifest that names them (design §7).
+"""A dataset on disk: SafeTensors slices and the manifest that names them (rounds.md).
 
     dataset.toml    name, digest_algorithm, [schema] tensor = "U8[128]",
                     [[slices]] name, split, samples, bytes, digest       in order

@@ -1,4 +1,4 @@
-"""What both sides of an auction agree on, and the worker's terms (design §5).
+"""What both sides of an auction agree on, and the worker's terms (leases.md).
 
 scheduler ──TaskAdvertisement(asks, fraction)──▶ gossip ──▶ workers: gather 200 ms, rank, grant a temporary lease
 scheduler ◀──WorkerOffer(choices, lease)──────────────────  (auction_worker)

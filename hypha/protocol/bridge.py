@@ -1,4 +1,4 @@
-"""What a worker and its executor say to each other over the job's Unix socket (design §6): metadata only, as JSON.
+"""What a worker and its executor say to each other over the job's socket (own-executors.md): metadata only, as JSON.
 
     executor                                worker
       POST /resources/fetch    Fetch…    ─▶  moves a file into the work directory   ─▶  …Fetched

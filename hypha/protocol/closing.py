@@ -1,4 +1,4 @@
-"""One attempt after another to close a round: a numbered Close, its answers, its outcome (design §8.3).
+"""One attempt after another to close a round: a numbered Close, its answers, its outcome (rounds.md).
 
 idle ──begin──▶ Close(n) ──answered by all servers, alike──▶ Outcome
   ▲               └─ refused · a server came or went ─▶ idle, the next Close has a higher number

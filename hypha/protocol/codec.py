@@ -16,7 +16,7 @@ from hypha.protocol.messages import ANY_MESSAGE, Message
 
 # Control messages are small: the largest are manifests of contributions with their intervals.
 MESSAGE_BYTES_MAX = 1 << 20
-# Gossip floods every node, so it carries announcements only (design §2).
+# Gossip floods every node, so it carries announcements only (security.md).
 GOSSIP_BYTES_MAX = 64 << 10
 
 

@@ -1,4 +1,4 @@
-"""What a parameter server holds of a round, and what it may merge (design §8.1 to §8.3, invariants L2 and L5).
+"""What a parameter server holds of a round, and what it may merge (rounds.md, invariants L2 and L5).
 
     offer ──Take──▶ arriving ──landed──▶ screening ──screened──▶ held ──close──▶ MergePlan ──merge_done──▶ Merged
       └─ Accepted (held already) · Rebase (another base) · Verdict (refused, or retry)

@@ -1,4 +1,4 @@
-"""Fences: numbers that rise for ever, handed out from blocks reserved durably beforehand (design §4.6).
+"""Fences: numbers that rise for ever, handed out from blocks reserved durably beforehand (leases.md).
 
     handed out ······│ free to hand out │ not reserved yet
                1 … n │ n+1 … reserved   │ reserved+1 …

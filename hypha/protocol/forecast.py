@@ -1,4 +1,4 @@
-"""When each worker should contribute, so that all finish together and the round has its samples (design §8).
+"""When each worker should contribute, so that all finish together and the round has its samples (rounds.md).
 
     target 400 samples          done   batch     speed       the round is full at t = 5 s
     a   ■■■■■■■■■■············  160    32/0.5 s  64 per s    sync after 15 batches (10 more)

@@ -1,4 +1,4 @@
-"""The holder's side of a lease: when to renew, how long it may be relied on, when it is over (design §4).
+"""The holder's side of a lease: when to renew, how long it may be relied on, when it is over (leases.md).
 
     OFFERED ──begin──▶ ACCEPTING ──answered──▶ HELD ──answered──▶ HELD
        │                  │  no answer            │  deadline, gone, release

@@ -1,4 +1,4 @@
-"""The grantor's ledger: time-bounded leases over what a worker has (design §4; the words are etcd's lessor's).
+"""The grantor's ledger: time-bounded leases over what a worker has (leases.md; the words are etcd's lessor's).
 
     FREE ──grant──▶ TEMPORARY ──renew──▶ RENEWABLE ──dispatch──▶ RUNNING ──gone──▶ SPENT
                         │                    │ └──cancel──▶ SPENT    │               │

@@ -1,4 +1,4 @@
-"""The chain of commits: what a job's store must hold, in this order, for the job to be where it is (design §8.4, §8.5).
+"""The chain of commits: what a job's store must hold, in this order, for the job to be where it is (rounds.md).
 
     0 JobEpochStarted(1) ◀── 1 RoundCommitted(1) ◀── 2 RoundCommitted(2) ◀── 3 JobEpochStarted(2) ◀── …
 

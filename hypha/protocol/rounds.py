@@ -1,4 +1,4 @@
-"""The scheduler's book of rounds: who is counted, when a round closes, what is committed (design §8).
+"""The scheduler's book of rounds: who is counted, when a round closes, what is committed (rounds.md).
 
     open(r, base r-1) ──decide: Close──▶ merging ──merged by all servers──▶ open(r+1, base r), r uncommitted
         ▲                                   │ server gone, refused                 │ committed(r): samples USED

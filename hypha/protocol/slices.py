@@ -1,4 +1,4 @@
-"""Which samples are free, whose they are, and which are used: each sample once per epoch (design §7, invariant L6).
+"""Which samples are free, whose they are, and which are used: each sample once per epoch (rounds.md, invariant L6).
 
     AVAILABLE ──grant──▶ ASSIGNED(member, round) ──commit, named──▶ USED ──all samples used──▶ next epoch
         ▲                       │
@@ -199,7 +199,7 @@ class SliceTable:
     # --- judging and using ----------------------------------------------------------------------------------------
 
     def check(self, contribution: Contribution) -> str | None:
-        """Return why a Close may not name this contribution now, or None (design §7)."""
+        """Return why a Close may not name this contribution now, or None (rounds.md)."""
         member = Member(peer_id=contribution.peer_id, fence=contribution.fence, lease_id=contribution.lease_id)
         total = sum(interval.samples for interval in contribution.intervals)
         if total != contribution.samples:

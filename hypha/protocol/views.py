@@ -1,4 +1,4 @@
-"""The newest view decides what is accepted (design §4.8, invariant L2).
+"""The newest view decides what is accepted (leases.md, invariant L2).
 
     epoch  older: refused       newer: retry (that scheduler's view has not come here yet)
     view   only orders views; a message that names a newer one than ours: retry

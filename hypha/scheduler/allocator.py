@@ -1,4 +1,4 @@
-"""The allocator: one advertisement, the offers that answer it, and the workers leased from them (design §5).
+"""The allocator: one advertisement, the offers that answer it, and the workers leased from them (leases.md).
 
     allocate(asks) ─ publish ─▶ gossip …… workers …… WorkerOffer ─▶ Auction ─ decide ─▶ Closed
                      └ again while too few have answered                        losers: declined at once

@@ -1,4 +1,4 @@
-"""Making outer steps durable, off the critical path: workers train on while this runs (design §8.4 to §8.6).
+"""Making outer steps durable, off the critical path: workers train on while this runs (rounds.md).
 
     Outcome(r) ─▶ fetch record ─▶ store it under its digest ─▶ chain entry r ─▶ committed
                   every N rounds and at the end: model and momentum, too, before the entry

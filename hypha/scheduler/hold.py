@@ -1,4 +1,4 @@
-"""The hold on a job's store: whoever leads the job renews it there, and a standby watches until it lapses (design §9).
+"""The hold on a job's store: its leader renews it there, a standby watches until it lapses (guarantees.md).
 
     leader    hold/000000000007 ─ beat ─▶ hold/000000000008 ─ beat ─▶ …      older ones are removed
                  └─ with each beat: has a higher job epoch begun in the chain? ─▶ Deposed

@@ -1,4 +1,4 @@
-"""The pool: the leases a scheduler holds, each kept by a task of its own until it is released or dies (design §4).
+"""The pool: the leases a scheduler holds, each kept by a task of its own until it is released or dies (leases.md).
 
     offer ──accept──▶ first renewal ─┬─ answered ─▶ LeasedWorker ─▶ renewals at 0.6 ttl, retried to the end
     journaled ──adopt──▶ likewise    │                                 │ LeaseGone, deadline ─▶ died(worker, reason)

@@ -1,4 +1,4 @@
-"""What the scheduler's journal holds between two commits; everything older is in the chain (design §7, §8.5).
+"""What the scheduler's journal holds between two commits; everything older is in the chain (rounds.md).
 
 JobOpened    whose journal this is, first
 Grant        samples assigned, before they are sent            (protocol.slices)

@@ -1,4 +1,4 @@
-"""Writes the journal, one record after another in the order of the decisions they record (design §7).
+"""Writes the journal, one record after another in the order of the decisions they record (rounds.md).
 
     note(grant) ──────────────▶ ┌──────┐ ─▶ returns once durable; StoreError: not acknowledged
     ended(lease), exclude(c) ─▶ │ lock │ ─▶ written in the background, again and again until the disk takes it;

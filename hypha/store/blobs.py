@@ -3,7 +3,7 @@
     <kind>/<round>-<sha256>      made whole, never overwritten, verified when read
 
 Retention keeps what a resume can need: every M-th and the last K checkpoints, and each record after the oldest of the
-last K (replaying records forward from a model gives the newer ones, design §8.4).
+last K (replaying records forward from a model gives the newer ones, rounds.md).
 """
 
 import hashlib

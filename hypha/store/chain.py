@@ -1,4 +1,4 @@
-"""The manifest chain: numbered entries, each made whole and exclusively; the commit point of a job (design §8.5).
+"""The manifest chain: numbered entries, each made whole and exclusively; the commit point of a job (rounds.md).
 
     chain/00000000 ◀─previous─ chain/00000001 ◀─previous─ chain/00000002
     file   CBOR {number, previous, payload} and sha256 over it;   digest of an entry = sha256(payload)

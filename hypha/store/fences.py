@@ -1,4 +1,4 @@
-"""The worker's fence counter on disk: no fence ever leaves twice, whatever dies (design §4.6).
+"""The worker's fence counter on disk: no fence ever leaves twice, whatever dies (leases.md).
 
     reserve(block) ──▶ file says `reserved = old + block`, durably ──▶ fences old … old + block - 1 may leave
 

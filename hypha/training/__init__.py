@@ -1,1 +1,1 @@
-"""Executors: the only processes that load torch, and that never load trio (design §8)."""
+"""Executors: the only processes that load torch, and that never load trio (rounds.md)."""

@@ -1,4 +1,4 @@
-"""The worker's arbiter: from advertisements heard to temporary leases offered (design §5).
+"""The worker's arbiter: from advertisements heard to temporary leases offered (leases.md).
 
     gossip ─▶ signer? role? asked? ─▶ Gather ── window of 200 ms ──▶ rank ─▶ for each plan, best first
                                                   fence ─▶ Ledger.grant ─▶ WorkerOffer ─▶ Ack: the scheduler decides

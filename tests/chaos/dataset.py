@@ -2,7 +2,7 @@
 
     x ~ N(0, 1)[16] ─▶ tanh(x·A)·B ─▶ softmax ─▶ label drawn        inputs F32[16], labels I64[]
 
-Written as the public format has it (design §7), without torch.
+Written as the public format has it (rounds.md), without torch.
 """
 
 import hashlib

@@ -55,7 +55,7 @@ LEASES_AND_SAMPLES = (
         file="hypha/protocol/lease.py",
         old="extended = _pair(sender) > (lease.job_epoch, lease.attempt)",
         new="extended = True",
-        breaks="a duplicated renewal extends a lease that its holder has given up (design §4)",
+        breaks="a duplicated renewal extends a lease that its holder has given up (leases.md)",
         tests=LEASE,
     ),
     Planted(
@@ -111,7 +111,7 @@ LEASES_AND_SAMPLES = (
         file="hypha/protocol/fence.py",
         old="        self._last = reserved\n",
         new="        self._last = max(0, reserved - FENCE_BLOCK)\n",
-        breaks="a restarted worker hands out fences that it handed out before (design §4.6)",
+        breaks="a restarted worker hands out fences that it handed out before (leases.md)",
         tests=("tests/protocol/test_fence.py",),
     ),
     Planted(

@@ -1,4 +1,4 @@
-"""The grantor's ledger: its transition table exhaustively, and each rule of design §4 that a grantor keeps."""
+"""The grantor's ledger: its transition table exhaustively, and each rule of leases.md that a grantor keeps."""
 
 import itertools
 

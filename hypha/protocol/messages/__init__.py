@@ -1,4 +1,4 @@
-"""Everything that crosses the network, one frozen Struct per message (design §3).
+"""Everything that crosses the network, one frozen Struct per message (protocol.md).
 
     gossip      TaskAdvertisement
     leases      WorkerOffer  RenewLease  ReleaseLease                       scheduler ⇄ worker

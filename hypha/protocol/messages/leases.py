@@ -1,4 +1,4 @@
-"""Auctions, leases and the jobs under them (design §4 to §6)."""
+"""Auctions, leases and the jobs under them (leases.md)."""
 
 from typing import Annotated, Generic
 

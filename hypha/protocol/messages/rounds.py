@@ -1,4 +1,4 @@
-"""Rounds: views, samples, progress, collecting and closing (design §7, §8)."""
+"""Rounds: views, samples, progress, collecting and closing (rounds.md)."""
 
 from typing import Annotated, Generic
 
