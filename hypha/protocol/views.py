@@ -15,6 +15,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
+from hypha.errors import Refused
 from hypha.protocol.messages import CloseRound, Collected, Member, PushUpdate, RoundMessage, RoundView
 
 Ordered = tuple[int, int]  # (job epoch, view number)
@@ -33,6 +34,11 @@ class Verdict(Struct, frozen=True, kw_only=True):
 
     reason: str
     retry: bool = False
+
+
+def refusal(verdict: Verdict) -> Refused:
+    """Return a rule's no as what travels back to the sender."""
+    return Refused(verdict.reason, "retry" if verdict.retry else "refused")
 
 
 class Observed(Struct, frozen=True, kw_only=True):

@@ -29,7 +29,7 @@ from hypha.protocol.messages import (
     SyncAfter,
 )
 from hypha.protocol.slices import Grant, Later
-from hypha.protocol.views import Part, Verdict
+from hypha.protocol.views import Part, Verdict, refusal
 from hypha.scheduler.coordinator import Coordinator
 from hypha.scheduler.pool import LeasedWorker
 from hypha.scheduler.records import Granted
@@ -102,7 +102,7 @@ class Answers:
         worker = self._worker(peer, message.lease_id, message.fence)
         verdict = self._job.book.check(message, peer.peer_id, parts)
         if verdict is not None:
-            raise _refusal(verdict)
+            raise refusal(verdict)
         return worker.member
 
     # --- samples and progress -------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class Answers:
         self._worker(peer, message.lease_id, message.fence)
         found = job.book.collected(message, peer.peer_id)
         if isinstance(found, Verdict):
-            raise _refusal(found)
+            raise refusal(found)
         for exclude in found:
             log.warn("Contribution excluded", worker=exclude.peer_id, round=exclude.round, reason=exclude.reason)
         job.exclude(found)
@@ -222,7 +222,3 @@ class Answers:
             # Finished is no better than failed while there are rounds to come: nobody works under this lease.
             job.failed(worker, message.reason, message.last_lines)
         return Ack()
-
-
-def _refusal(verdict: Verdict) -> Refused:
-    return Refused(verdict.reason, "retry" if verdict.retry else "refused")

@@ -33,11 +33,11 @@ from hypha.protocol.messages import (
     RoundView,
     UpdateRefused,
 )
-from hypha.protocol.views import Verdict
+from hypha.protocol.views import Verdict, refusal
 from hypha.telemetry import extracted, get_logger, inject, span
 from hypha.worker.broadcast import Broadcast
 from hypha.worker.resume import fetch_resume
-from hypha.worker.session import JobContext, Session, refusal
+from hypha.worker.session import JobContext, Session
 
 log = get_logger("worker.aggregator")
 
@@ -131,7 +131,7 @@ class AggregateSession(Session):
         if isinstance(answer, Verdict):
             if answer.retry:
                 raise refusal(answer)
-            self._noterefusal(header, answer.reason)
+            self._note_refusal(header, answer.reason)
             answer = UpdateRefused(reason=answer.reason)
         assert isinstance(answer, Accepted | Rebase | UpdateRefused)
         await stream.send_message(answer)
@@ -181,7 +181,7 @@ class AggregateSession(Session):
             self._awaited.discard(ticket)
             self._screenings.pop(ticket, None)
 
-    def _noterefusal(self, header: PushUpdate, reason: str) -> None:
+    def _note_refusal(self, header: PushUpdate, reason: str) -> None:
         log.warn("Update refused", worker=header.contribution.peer_id, round=header.round, reason=reason)
 
     # --- closing --------------------------------------------------------------------------------------------------

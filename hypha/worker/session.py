@@ -34,7 +34,7 @@ from hypha.protocol.bridge import (
 )
 from hypha.protocol.job import JobSpec
 from hypha.protocol.messages import Committed, Message, Request, RoundView, SliceRef
-from hypha.protocol.views import Verdict, ViewGuard
+from hypha.protocol.views import ViewGuard, refusal
 from hypha.runtime import Runtime
 from hypha.telemetry import Kind, forward, get_logger, metrics
 from hypha.worker.cache import SliceCache
@@ -341,11 +341,6 @@ class Session:
     def gave_up(self, report: ExecutorFailed) -> None:
         """Note an executor's own word that it fails."""
         self.fail(report.reason)
-
-
-def refusal(verdict: Verdict) -> Refused:
-    """Return a rule's no as what travels back to the sender."""
-    return Refused(verdict.reason, "retry" if verdict.retry else "refused")
 
 
 def confined(directory: Path, relative: str) -> Path:

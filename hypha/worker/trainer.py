@@ -39,9 +39,10 @@ from hypha.protocol.messages import (
     SyncAfter,
     UpdateRefused,
 )
+from hypha.protocol.views import refusal
 from hypha.telemetry import extracted, get_logger, inject, metrics, span
 from hypha.worker.redelivery import Redelivery
-from hypha.worker.session import JobContext, Session, refusal
+from hypha.worker.session import JobContext, Session
 
 log = get_logger("worker.trainer")
 
