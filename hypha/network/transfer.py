@@ -86,7 +86,7 @@ async def _send_over(
 async def _read_ahead(
     chunks: trio.MemorySendChannel[bytes], descriptor: int, path: Path, offset: int, length: int, runtime: Runtime
 ) -> None:
-    async with chunks:
+    with chunks:
         end = offset + length
         while offset < end:
             chunk = await runtime.run_blocking(_read, descriptor, path, offset, min(CHUNK_BYTES, end - offset))
@@ -188,7 +188,7 @@ async def _receive_rest(stream: ByteSource, part: Part, size: int, runtime: Runt
     async with _concurrently() as nursery:
         chunks_in, chunks = trio.open_memory_channel[list[bytes | bytearray]](CHUNKS_QUEUED_MAX)
         nursery.start_soon(_write_behind, chunks, part, runtime)
-        async with chunks_in:
+        with chunks_in:
             while left > 0 and broken is None:
                 pieces, broken = await _gather(stream, min(CHUNK_BYTES, left))
                 left -= sum(map(len, pieces))
@@ -218,7 +218,7 @@ async def _gather(stream: ByteSource, bytes_max: int) -> tuple[list[bytes | byte
 async def _write_behind(
     chunks: trio.MemoryReceiveChannel[list[bytes | bytearray]], part: Part, runtime: Runtime
 ) -> None:
-    async with chunks:
+    with chunks:
         async for pieces in chunks:
             await runtime.run_blocking(part.write, pieces)
 
