@@ -206,7 +206,11 @@ class Scheduler:
             alive=pool.is_live,
             standing=self._standing,
         )
-        pace = Pacing(target_samples=rounds.samples_between_updates, batch_size=rounds.max_batch_size)
+        pace = Pacing(
+            target_samples=rounds.samples_between_updates,
+            batch_size=rounds.max_batch_size,
+            proportional=rounds.batch_sizes == "proportional",
+        )
         return Coordinator(
             self._network,
             self._runtime,
