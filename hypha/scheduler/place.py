@@ -10,16 +10,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from msgspec import Struct
 
 from hypha.errors import ConfigError, StoreError
-from hypha.runtime import Runtime
 from hypha.scheduler.config import Config, JobConfig
-from hypha.scheduler.hold import Hold
 from hypha.scheduler.settings import AnotherJob, insist_same, settings_of
 from hypha.scheduler.shapes import differing_shapes
 from hypha.scheduler.store import chain_says
@@ -87,30 +84,18 @@ def insist_same_job(place: Place, job: JobConfig) -> None:
         raise ConfigError(f"{error} ({shapes})" if shapes else str(error)) from error
 
 
-async def await_turn(config: Config, runtime: Runtime, *, scheduler: str) -> None:
-    """Stand by until nobody leads the job any more: its hold has lapsed, and its directory is free.
-
-    Raises ConfigError for a store that cannot be used.
-    """
-    directory = config.state_dir / config.scheduler.job.name
-    objects = await runtime.run_blocking(partial(_objects, config, directory, fresh=False))
-    hold = Hold(objects, runtime, scheduler=scheduler, hold_s=config.scheduler.hold_s)
-    log.info("Standing by until the leader's hold lapses", job=config.scheduler.job.name)
-    while True:
-        await hold.lapsed()
-        in_use = await runtime.run_blocking(_in_use, config)
-        if in_use is None:
-            return
-        # A leader that stands still: the kernel frees its lock when it ends.
-        log.warn("The job's directory is still in use", reason=in_use)
-
-
-def _in_use(config: Config) -> str | None:
+def in_use(config: Config) -> str | None:
+    """Return why the job's directories cannot be had now, None where they can. Blocks. Raises ConfigError."""
     try:
         with open_place(config):
             return None
     except InUse as error:
         return str(error)
+
+
+def job_objects(config: Config) -> ObjectStore:
+    """Open the store of chain and artifacts alone. Blocks. Raises ConfigError."""
+    return _objects(config, config.state_dir / config.scheduler.job.name, fresh=False)
 
 
 def _objects(config: Config, directory: Path, *, fresh: bool) -> ObjectStore:
