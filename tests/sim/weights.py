@@ -6,12 +6,12 @@
 Every file is canonical SafeTensors, so equal numbers have equal digests.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from hypha.protocol.bridge import FileRef
 from hypha.protocol.job import OuterOptimizer
@@ -69,14 +69,14 @@ def to_bytes(vector: Vector) -> bytes:
 
 def digest(vector: Vector) -> str:
     """The digest of that file."""
-    return hashlib.sha256(to_bytes(vector)).hexdigest()
+    return blake3(to_bytes(vector)).hexdigest()
 
 
 def write(path: Path, vector: Vector, root: Path) -> FileRef:
     """Write the file and return it as the bridge names it."""
     data = to_bytes(vector)
     path.write_bytes(data)
-    return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=hashlib.sha256(data).hexdigest())
+    return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=blake3(data).hexdigest())
 
 
 def read(path: Path) -> Vector:
