@@ -43,7 +43,8 @@ class Place(Struct, frozen=True, kw_only=True):
 def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
     """Open the job's directories, alone; with `fresh`, what is there is set aside first.
 
-    Raises ConfigError: in use by another scheduler, not writable, or a store from which nothing can be set aside.
+    Raises ConfigError: in use by another scheduler, not writable, another job's, or a store from which nothing can be
+    set aside.
     """
     name = config.scheduler.job.name
     directory = config.state_dir / name
@@ -58,20 +59,22 @@ def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
             if fresh:
                 _set_aside(directory)
             disk = RealDisk(directory)
+            objects = _objects(config, directory, fresh=fresh)
+            insist_same_job(objects, config.scheduler.job)
             downloads = directory / "downloads"
             shutil.rmtree(downloads, ignore_errors=True)
             os.makedirs(downloads, exist_ok=True)
         except (StoreError, OSError) as error:
             raise ConfigError(f"state_dir: {error}") from error
-        yield Place(disk=disk, objects=_objects(config, directory, fresh=fresh), directory=downloads)
+        yield Place(disk=disk, objects=objects, directory=downloads)
 
 
-def insist_same_job(place: Place, job: JobConfig) -> None:
+def insist_same_job(objects: ObjectStore, job: JobConfig) -> None:
     """Refuse a store in which another job lies, or one of other settings, before anybody is asked to work. Blocks.
 
     Raises ConfigError, naming the settings, and the shapes where it is another model; StoreError for a damaged chain.
     """
-    begun = chain_says(place.objects)
+    begun = chain_says(objects)
     if begun is None:
         return
     job_id, settings = begun
@@ -80,8 +83,7 @@ def insist_same_job(place: Place, job: JobConfig) -> None:
         insist_same(settings, mine, where=f"the checkpoint store (job {job_id})")
     except AnotherJob as error:
         theirs, ours = error.models
-        shapes = differing_shapes(place.objects, ours) if theirs != ours else ""
-        raise ConfigError(f"{error} ({shapes})" if shapes else str(error)) from error
+        raise error.with_shapes(differing_shapes(objects, ours) if theirs != ours else "") from None
 
 
 def in_use(config: Config) -> str | None:
@@ -94,8 +96,10 @@ def in_use(config: Config) -> str | None:
 
 
 def job_objects(config: Config) -> ObjectStore:
-    """Open the store of chain and artifacts alone. Blocks. Raises ConfigError."""
-    return _objects(config, config.state_dir / config.scheduler.job.name, fresh=False)
+    """Open the store of chain and artifacts alone. Blocks. Raises ConfigError: not writable, or another job's."""
+    objects = _objects(config, config.state_dir / config.scheduler.job.name, fresh=False)
+    insist_same_job(objects, config.scheduler.job)
+    return objects
 
 
 def _objects(config: Config, directory: Path, *, fresh: bool) -> ObjectStore:
