@@ -5,6 +5,7 @@ checkpoint_url             the same for artifacts elsewhere: a directory or an f
 [scheduler.job]            name, model, preprocessor, dataset, optimizers
 [scheduler.job.rounds]     how many, how long, how few may close one      (hypha.protocol.job.Rounds)
 [scheduler.job.compression]  codecs of pseudo-gradients and outer updates   (hypha.protocol.compression)
+[scheduler.job.streaming]  fragments, and updates beside inner steps      (hypha.protocol.fragments)
 [scheduler.job.resources]  workers and parameter servers: how many, what they need, what they may cost
 """
 
@@ -16,6 +17,7 @@ from msgspec import Meta, Struct
 from hypha.config import NodeConfig
 from hypha.network.breaker import BreakerLimits
 from hypha.protocol.compression import Compression
+from hypha.protocol.fragments import Streaming
 from hypha.protocol.job import InnerOptimizer, ModelSpec, OuterOptimizer, PreprocessorSpec, Rounds
 from hypha.protocol.resources import Resources
 
@@ -103,6 +105,7 @@ class JobConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     inner_optimizer: InnerOptimizer = InnerOptimizer()
     outer_optimizer: OuterOptimizer = OuterOptimizer()
     compression: Compression = Compression()
+    streaming: Streaming = Streaming()
     resources: JobResources = JobResources()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
