@@ -306,10 +306,14 @@ class GoOn(BridgeMessage, frozen=True, kw_only=True):
 
 
 class SyncAt(BridgeMessage, frozen=True, kw_only=True):
-    """Contribute once `batches` batches of round `round` are done."""
+    """Contribute once `batches` batches of round `round` are done.
+
+    `batch_size`: samples in each batch from now on, rounds to come included; None: as many as before.
+    """
 
     round: Count
     batches: Count
+    batch_size: Annotated[int, Meta(ge=1)] | None = None
 
 
 class Finish(BridgeMessage, frozen=True, kw_only=True):

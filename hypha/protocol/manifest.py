@@ -36,6 +36,8 @@ class JobEpochStarted(Entry, frozen=True, kw_only=True):
     """From here on the job is this scheduler's; entries of lower epochs can no longer be made."""
 
     scheduler: PeerId
+    # What the job is, in its scheduler's words; every epoch of a chain says the same.
+    settings: str = ""
 
 
 class RoundCommitted(Entry, frozen=True, kw_only=True):
@@ -127,16 +129,20 @@ class Chain:
         used = intervals_of(self._state.epoch, self._used.items())
         return msgspec.structs.replace(self._state, used=used, records=tuple(self._records))
 
-    def epoch_entry(self, *, scheduler: str, nonce: str) -> JobEpochStarted:
-        """Return the entry by which `scheduler` would take the job over."""
+    def epoch_entry(self, *, scheduler: str, nonce: str, settings: str = "", skipped: int = 0) -> JobEpochStarted:
+        """Return the entry by which `scheduler` would take the job over.
+
+        `skipped`: how many epochs may have begun in entries that are no longer readable.
+        """
         state = self._state
         return JobEpochStarted(
             number=state.number,
             previous=state.digest,
             job_id=state.job_id,
-            job_epoch=state.job_epoch + 1,
+            job_epoch=state.job_epoch + 1 + skipped,
             nonce=nonce,
             scheduler=scheduler,
+            settings=settings,
         )
 
     def round_entry(

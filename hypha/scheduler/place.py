@@ -18,9 +18,12 @@ from msgspec import Struct
 
 from hypha.errors import ConfigError, StoreError
 from hypha.runtime import Runtime
-from hypha.scheduler.config import Config
+from hypha.scheduler.config import Config, JobConfig
 from hypha.scheduler.hold import Hold
-from hypha.store.disk import Disk, RealDisk
+from hypha.scheduler.settings import AnotherJob, insist_same, settings_of
+from hypha.scheduler.shapes import differing_shapes
+from hypha.scheduler.store import chain_says
+from hypha.store.disk import Disk, Held, RealDisk
 from hypha.store.objects import ObjectStore, open_objects
 from hypha.telemetry import get_logger
 
@@ -50,8 +53,10 @@ def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
     with ExitStack() as held:
         try:
             held.enter_context(RealDisk(config.state_dir).lock(f"{name}.lock"))
-        except StoreError as error:
+        except Held as error:
             raise InUse(f"state_dir: {error}; one scheduler leads a job") from error
+        except StoreError as error:
+            raise ConfigError(f"state_dir: {error}") from error
         try:
             if fresh:
                 _set_aside(directory)
@@ -62,6 +67,24 @@ def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
         except (StoreError, OSError) as error:
             raise ConfigError(f"state_dir: {error}") from error
         yield Place(disk=disk, objects=_objects(config, directory, fresh=fresh), directory=downloads)
+
+
+def insist_same_job(place: Place, job: JobConfig) -> None:
+    """Refuse a store in which another job lies, or one of other settings, before anybody is asked to work. Blocks.
+
+    Raises ConfigError, naming the settings, and the shapes where it is another model; StoreError for a damaged chain.
+    """
+    begun = chain_says(place.objects)
+    if begun is None:
+        return
+    job_id, settings = begun
+    mine = settings_of(job, manifest_digest=job.dataset_config.digest or "")
+    try:
+        insist_same(settings, mine, where=f"the checkpoint store (job {job_id})")
+    except AnotherJob as error:
+        theirs, ours = error.models
+        shapes = differing_shapes(place.objects, ours) if theirs != ours else ""
+        raise ConfigError(f"{error} ({shapes})" if shapes else str(error)) from error
 
 
 async def await_turn(config: Config, runtime: Runtime, *, scheduler: str) -> None:

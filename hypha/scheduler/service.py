@@ -30,8 +30,9 @@ from hypha.scheduler.coordinator import FAILURES_IN_A_ROW_MAX, Coordinator
 from hypha.scheduler.crew import Crew
 from hypha.scheduler.hold import Hold
 from hypha.scheduler.pace import Pacing
-from hypha.scheduler.place import Place, await_turn, open_place
+from hypha.scheduler.place import Place, await_turn, insist_same_job, open_place
 from hypha.scheduler.pool import LeasedWorker, Pool
+from hypha.scheduler.settings import settings_of
 from hypha.scheduler.standing import Standing
 from hypha.scheduler.store import JobStore, Remembered, open_store
 from hypha.telemetry import get_logger, metrics
@@ -100,11 +101,9 @@ class Scheduler:
             opening = open_store(
                 self._place.disk,
                 self._place.objects,
-                name=self._job.name,
                 job_id=f"{self._job.name}-{self._runtime.new_id()[:8]}",
-                manifest_digest=dataset.ref.manifest_digest,
+                settings=settings_of(self._job, manifest_digest=dataset.ref.manifest_digest),
                 slices=dataset.slices,
-                model=self._job.model,
             )
             store = await self._runtime.run_blocking(held.enter_context, opening)
             await self._run_job(store, dataset)
@@ -206,7 +205,11 @@ class Scheduler:
             alive=pool.is_live,
             standing=self._standing,
         )
-        pace = Pacing(target_samples=rounds.samples_between_updates, batch_size=rounds.max_batch_size)
+        pace = Pacing(
+            target_samples=rounds.samples_between_updates,
+            batch_size=rounds.max_batch_size,
+            proportional=rounds.batch_sizes == "proportional",
+        )
         return Coordinator(
             self._network,
             self._runtime,
@@ -370,5 +373,6 @@ async def run(
         await await_turn(config, runtime, scheduler=identity.peer_id)
     with ExitStack() as held:
         place = await runtime.run_blocking(held.enter_context, open_place(config, fresh=fresh))
+        await runtime.run_blocking(insist_same_job, place, config.scheduler.job)
         async with open_network(identity, config, role="scheduler", runtime=runtime) as network:
             await Scheduler(network, runtime, config, place).run(task_status=task_status)

@@ -79,6 +79,7 @@ class Trainer:
         self.here = 0
         self.reported_at = 0.0
         self.recent_s: deque[float] = deque(maxlen=RECENT_BATCHES)
+        self.batch_size = job.rounds.max_batch_size
 
     def run(self) -> None:
         """Train until the job is over. Raises JobFailed, BridgeClosed."""
@@ -228,7 +229,7 @@ class Trainer:
             while batches < sync_at and samples < samples_max:
                 if self._called_away():
                     return None
-                size = self.job.rounds.max_batch_size
+                size = self.batch_size
                 batch = feed.take(size, then=min((sync_at - batches - 1) * size, samples_max - samples - size))
                 if batch is None:
                     if feed.exhausted or feed.full:
@@ -238,12 +239,19 @@ class Trainer:
                 loss = self.inner.step(self.preprocess(batch), round_=round_)
                 self.recent_s.append(self.inner.step_s)
                 batches, samples, loss_sum = batches + 1, samples + count, loss_sum + loss * count
-                answer = self._report(self._progress(batches, samples, count, loss))
+                answer = self._report(self._progress(batches, samples, size, loss))
                 if isinstance(answer, SyncAt) and answer.round == round_:
                     sync_at = answer.batches
+                    self._resize(answer.batch_size)
         self.inner.finished_round(round_, batches)
         mean_loss = loss_sum / samples if samples else 0.0
         return self._update(kept, self._coded(kept, feed.used), feed.used, mean_loss)
+
+    def _resize(self, wanted: int | None) -> None:
+        """Take batches of another size from the next one on; the times of the old ones say nothing about those."""
+        if wanted is not None and wanted != self.batch_size:
+            self.batch_size = min(wanted, self.job.rounds.max_batch_size)
+            self.recent_s.clear()
 
     def _coded(self, kept: Kept, used: Sequence[Interval]) -> FileRef:
         """Write what the parameters have become since the base, as the job codes it."""
