@@ -9,6 +9,7 @@ checkpoint_url             the same for artifacts elsewhere: a directory or an f
 [scheduler.job.resources]  workers and parameter servers: how many, what they need, what they may cost
 """
 
+from math import ceil
 from pathlib import Path
 from typing import Annotated
 
@@ -116,6 +117,12 @@ class JobConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if self.compression.outer_updates == "topk" and self.outer_optimizer.momentum > 0:
             # What topk delays by some 1/density rounds, momentum goes on adding to: the model oscillates ever wider.
             raise ValueError("compression.outer_updates 'topk' needs outer_optimizer.momentum 0")
+        # An update that is not due yet at the next synchronisation is applied there: nobody runs on beyond it.
+        batches = ceil(self.rounds.samples_between_updates / self.rounds.max_batch_size)
+        steps = ceil(batches / self.resources.workers)
+        if self.streaming.overlap_steps > steps:
+            overlap = self.streaming.overlap_steps
+            raise ValueError(f"streaming.overlap_steps {overlap} exceeds the {steps} inner steps of a round")
 
     @property
     def dataset_config(self) -> DatasetConfig:

@@ -58,7 +58,8 @@ class Invariants:
         from tests.sim.cluster import MODEL_SEED, OUTER
 
         self._cluster = cluster
-        self._reference = Reference(seed=MODEL_SEED, sizes=cluster.scenario.slices, outer=OUTER)
+        scenario = cluster.scenario
+        self._reference = Reference(seed=MODEL_SEED, sizes=scenario.slices, outer=OUTER, streaming=scenario.streaming)
         self._chain = Chain(cluster.scheduler.objects)
         self._rounds_told = 0
         self._members: dict[tuple[int, int], set[Member]] = {}  # by (job epoch, round): in any view of it

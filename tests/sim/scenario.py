@@ -9,6 +9,7 @@ import random
 from msgspec import Struct, structs
 
 from hypha.network.memory_faults import FaultProfile
+from hypha.protocol.fragments import Streaming
 
 CALM = FaultProfile(latency_s=0.005, jitter_s=0.01, break_after_s=4.0, dht_record_s=20.0)
 FLAVOURS = ("calm", "lossy", "deaths", "partitions", "pauses", "recoveries", "everything")
@@ -72,6 +73,12 @@ class Scenario(Struct, frozen=True, kw_only=True):
     paces: tuple[float, ...] = ()  # seconds for a batch on each worker
     profile: FaultProfile = CALM
     faults: tuple[Fault, ...] = ()
+    fragments: int = 1
+
+    @property
+    def streaming(self) -> Streaming:
+        """How the job synchronises its model."""
+        return Streaming(fragments=self.fragments)
 
     @property
     def healed_at_s(self) -> float:
@@ -109,6 +116,7 @@ def draw(seed: int) -> Scenario:
         paces=tuple(chance.choice((0.15, 0.3, 0.3, 0.7)) for _ in range(8)),
         profile=_profile(flavour, chance),
         faults=_faults(flavour, chance),
+        fragments=chance.choice((1, 2, 3)),
     )
 
 
