@@ -30,7 +30,7 @@ class BridgeMessage(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class FileRef(Struct, frozen=True, kw_only=True):
-    """A file in the work directory with its size and sha256."""
+    """A file in the work directory with its size and digest (hypha.protocol.tensorfile)."""
 
     path: RelativePath
     bytes: Count

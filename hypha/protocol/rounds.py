@@ -177,9 +177,12 @@ class RoundBook:
         return None
 
     def server_ready(
-        self, server: Member, address: bytes, *, round: int, digest: str, momentum_digest: str | None
+        self, server: Member, address: bytes, *, round: int, digest: str, momentum_digest: str | None, now: float
     ) -> str | None:
-        """A parameter server holds model and momentum `round`. Returns why rounds may not open on it, or None."""
+        """A parameter server holds model and momentum `round`. Returns why rounds may not open on it, or None.
+
+        Updates are sent to it from the start, whatever its predecessor had: the round gets its whole time again.
+        """
         if server in self.servers:
             return None
         if self.uncommitted is not None:
@@ -193,6 +196,7 @@ class RoundBook:
         if self.servers and digest != self.base_digest:
             return f"its initial model is {digest[:12]}; the other servers have another"
         self.servers[server] = address
+        self.deadline = now + self.terms.deadline_s
         if digest != self.base_digest:
             self._tally = Tally(self.round, digest)
         self.base_digest = digest

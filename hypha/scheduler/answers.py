@@ -152,6 +152,7 @@ class Answers:
                 round=message.round,
                 digest=message.digest,
                 momentum_digest=message.momentum_digest,
+                now=job.runtime.now(),
             )
             if reason is not None:
                 raise self._not_ready(worker, message, reason)

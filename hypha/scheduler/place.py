@@ -10,16 +10,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from msgspec import Struct
 
 from hypha.errors import ConfigError, StoreError
-from hypha.runtime import Runtime
 from hypha.scheduler.config import Config, JobConfig
-from hypha.scheduler.hold import Hold
 from hypha.scheduler.settings import AnotherJob, insist_same, settings_of
 from hypha.scheduler.shapes import differing_shapes
 from hypha.scheduler.store import chain_says
@@ -46,7 +43,8 @@ class Place(Struct, frozen=True, kw_only=True):
 def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
     """Open the job's directories, alone; with `fresh`, what is there is set aside first.
 
-    Raises ConfigError: in use by another scheduler, not writable, or a store from which nothing can be set aside.
+    Raises ConfigError: in use by another scheduler, not writable, another job's, or a store from which nothing can be
+    set aside.
     """
     name = config.scheduler.job.name
     directory = config.state_dir / name
@@ -61,20 +59,22 @@ def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
             if fresh:
                 _set_aside(directory)
             disk = RealDisk(directory)
+            objects = _objects(config, directory, fresh=fresh)
+            insist_same_job(objects, config.scheduler.job)
             downloads = directory / "downloads"
             shutil.rmtree(downloads, ignore_errors=True)
             os.makedirs(downloads, exist_ok=True)
         except (StoreError, OSError) as error:
             raise ConfigError(f"state_dir: {error}") from error
-        yield Place(disk=disk, objects=_objects(config, directory, fresh=fresh), directory=downloads)
+        yield Place(disk=disk, objects=objects, directory=downloads)
 
 
-def insist_same_job(place: Place, job: JobConfig) -> None:
+def insist_same_job(objects: ObjectStore, job: JobConfig) -> None:
     """Refuse a store in which another job lies, or one of other settings, before anybody is asked to work. Blocks.
 
     Raises ConfigError, naming the settings, and the shapes where it is another model; StoreError for a damaged chain.
     """
-    begun = chain_says(place.objects)
+    begun = chain_says(objects)
     if begun is None:
         return
     job_id, settings = begun
@@ -83,34 +83,23 @@ def insist_same_job(place: Place, job: JobConfig) -> None:
         insist_same(settings, mine, where=f"the checkpoint store (job {job_id})")
     except AnotherJob as error:
         theirs, ours = error.models
-        shapes = differing_shapes(place.objects, ours) if theirs != ours else ""
-        raise ConfigError(f"{error} ({shapes})" if shapes else str(error)) from error
+        raise error.with_shapes(differing_shapes(objects, ours) if theirs != ours else "") from None
 
 
-async def await_turn(config: Config, runtime: Runtime, *, scheduler: str) -> None:
-    """Stand by until nobody leads the job any more: its hold has lapsed, and its directory is free.
-
-    Raises ConfigError for a store that cannot be used.
-    """
-    directory = config.state_dir / config.scheduler.job.name
-    objects = await runtime.run_blocking(partial(_objects, config, directory, fresh=False))
-    hold = Hold(objects, runtime, scheduler=scheduler, hold_s=config.scheduler.hold_s)
-    log.info("Standing by until the leader's hold lapses", job=config.scheduler.job.name)
-    while True:
-        await hold.lapsed()
-        in_use = await runtime.run_blocking(_in_use, config)
-        if in_use is None:
-            return
-        # A leader that stands still: the kernel frees its lock when it ends.
-        log.warn("The job's directory is still in use", reason=in_use)
-
-
-def _in_use(config: Config) -> str | None:
+def in_use(config: Config) -> str | None:
+    """Return why the job's directories cannot be had now, None where they can. Blocks. Raises ConfigError."""
     try:
         with open_place(config):
             return None
     except InUse as error:
         return str(error)
+
+
+def job_objects(config: Config) -> ObjectStore:
+    """Open the store of chain and artifacts alone. Blocks. Raises ConfigError: not writable, or another job's."""
+    objects = _objects(config, config.state_dir / config.scheduler.job.name, fresh=False)
+    insist_same_job(objects, config.scheduler.job)
+    return objects
 
 
 def _objects(config: Config, directory: Path, *, fresh: bool) -> ObjectStore:

@@ -81,6 +81,11 @@ class MemoryDisk:
         self._locks: set[str] = set()
         self._down = False
 
+    @property
+    def is_down(self) -> bool:
+        """Whether power was lost, and `crash` has not started it again yet."""
+        return self._down
+
     def crash(self) -> None:
         """Keep of everything unsynced a random prefix, drop all locks."""
         for changes in self._pending.values():

@@ -84,6 +84,7 @@ class Trainer:
     def run(self) -> None:
         """Train until the job is over. Raises JobFailed, BridgeClosed."""
         self.fetch_base()
+        log.info("Base fetched", round=self.here)
         while not isinstance(move := self._next(), standing.Finish):
             match move:
                 case standing.Apply(update):
@@ -367,7 +368,9 @@ class Trainer:
 
 def work(session: Session, job: JobSpec, work_dir: Path) -> None:
     """Train one job to its end."""
-    Trainer(session, job, work_dir).run()
+    trainer = Trainer(session, job, work_dir)
+    log.info("Model built")
+    trainer.run()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

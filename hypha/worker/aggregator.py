@@ -33,6 +33,7 @@ from hypha.protocol.messages import (
     RoundView,
     UpdateRefused,
 )
+from hypha.protocol.tensorfile import DIGEST_ALGORITHM
 from hypha.protocol.views import Verdict, refusal
 from hypha.telemetry import extracted, get_logger, inject, span
 from hypha.worker.broadcast import Broadcast
@@ -147,7 +148,7 @@ class AggregateSession(Session):
                 path,
                 size=contribution.bytes,
                 digest=contribution.digest,
-                algorithm="sha256",
+                algorithm=DIGEST_ALGORITHM,
                 offset=0,
                 runtime=self.context.runtime,
             )

@@ -39,6 +39,7 @@ from hypha.protocol.messages import (
     SyncAfter,
     UpdateRefused,
 )
+from hypha.protocol.tensorfile import DIGEST_ALGORITHM
 from hypha.protocol.views import refusal
 from hypha.telemetry import extracted, get_logger, inject, metrics, span
 from hypha.worker.redelivery import Redelivery
@@ -339,14 +340,9 @@ class TrainSession(Session):
         path = self.context.directory / f"update-{header.round}-{header.close}-{self._arrivals}.safetensors"
         handed_over = False
         try:
+            digest, runtime = header.digest, self.context.runtime
             await receive_file(
-                stream,
-                path,
-                size=header.bytes,
-                digest=header.digest,
-                algorithm="sha256",
-                offset=0,
-                runtime=self.context.runtime,
+                stream, path, size=header.bytes, digest=digest, algorithm=DIGEST_ALGORITHM, runtime=runtime
             )
             self._judge(stream.peer.peer_id, header)  # the view may have moved on meanwhile
             if self._received != _key(header):

@@ -23,7 +23,7 @@ def book(*members, quorum=1, updates=3, table=None, chain=None, servers=(S,), **
     )
     for server in servers:
         round = chain.round if chain else 0
-        assert made.server_ready(server, b"addr", round=round, digest=ZERO, momentum_digest=None) is None
+        assert made.server_ready(server, b"addr", round=round, digest=ZERO, momentum_digest=None, now=0.0) is None
     for member in members:
         made.lease_added(member)
         assert made.worker_ready(member, round=made.round - 1, digest=ZERO) is None

@@ -283,7 +283,7 @@ class Cluster:
     def server_says_ready(self):
         reason = self.book.server_ready(
             self.server.me, b"address", round=self.server.round, digest=self.server.model_digest,
-            momentum_digest=self.chain.state.momentum_digest,
+            momentum_digest=self.chain.state.momentum_digest, now=self.now,
         )  # fmt: skip
         assert reason is None, reason
 

@@ -169,14 +169,14 @@ def test_no_server_may_join_while_it_is_open_whether_a_step_is_committed():
     rounds = book(A)
     close_round(rounds, A)
     rounds.lease_died(S)
-    ready = {"digest": ZERO, "momentum_digest": None}
+    ready = {"digest": ZERO, "momentum_digest": None, "now": 0.0}
     assert rounds.server_ready(T, b"t", round=0, **ready) == "round 1 is neither committed nor lost yet"
     rounds.committed(1)
     assert rounds.server_ready(T, b"t", round=0, **ready) == "it holds model 0; 1 is committed"
     assert rounds.server_ready(T, b"t", round=1, **ready).startswith("its model 1 is 000000000000")
     digest = "1" * 64
-    assert "momentum" in rounds.server_ready(T, b"t", round=1, digest=digest, momentum_digest=None)
-    assert rounds.server_ready(T, b"t", round=1, digest=digest, momentum_digest=digest) is None
+    assert "momentum" in rounds.server_ready(T, b"t", round=1, digest=digest, momentum_digest=None, now=0.0)
+    assert rounds.server_ready(T, b"t", round=1, digest=digest, momentum_digest=digest, now=0.0) is None
     assert rounds.view(0.0).servers == (T,)
 
 
@@ -185,10 +185,28 @@ def test_after_a_servers_death_only_what_the_new_one_holds_counts():
     made = train(rounds, A, B)
     rounds.lease_died(S)
     assert rounds.decide(0.0) == Waiting(reason="round 1: no parameter server is ready")
-    rounds.server_ready(T, b"t", round=0, digest=ZERO, momentum_digest=None)
+    rounds.server_ready(T, b"t", round=0, digest=ZERO, momentum_digest=None, now=0.0)
     assert rounds.accepted() == {}
     assert report(rounds, *made, server=T) == ()
     assert isinstance(rounds.decide(0.0), Close)
+
+
+def test_a_new_server_gives_the_round_its_whole_time_again():
+    rounds = book(A, B)
+    made = train(rounds, A, B)
+    rounds.lease_died(S)
+    assert rounds.server_ready(T, b"t", round=0, digest=ZERO, momentum_digest=None, now=25.0) is None
+    assert (rounds.deadline, rounds.view(25.0).deadline_s) == (35.0, 10.0)
+    assert report(rounds, made[0], server=T) == ()
+    assert rounds.decide(34.9).reason == "round 1: 1 contributions; waiting for b; 0.1 s to the deadline"
+    assert report(rounds, *made, server=T) == ()
+    assert [peer for peer, _, _ in rounds.decide(34.9).requests[0][1].contributors] == ["a", "b"]
+
+
+def test_a_server_that_says_again_what_it_holds_prolongs_nothing():
+    rounds = book(A)
+    assert rounds.server_ready(S, b"s", round=0, digest=ZERO, momentum_digest=None, now=5.0) is None
+    assert rounds.deadline == 10.0
 
 
 def test_with_several_servers_the_set_to_merge_is_what_all_of_them_hold():
@@ -307,7 +325,7 @@ def test_there_is_no_view_before_a_server_says_what_the_initial_model_is():
     )  # fmt: skip
     assert rounds.view(0.0) is None
     assert rounds.check(progress, "a", (Part.MEMBER,)).retry
-    rounds.server_ready(S, b"s", round=0, digest=ZERO, momentum_digest=None)
+    rounds.server_ready(S, b"s", round=0, digest=ZERO, momentum_digest=None, now=0.0)
     rounds.worker_ready(A, round=0, digest=ZERO)
     assert rounds.check(progress, "a", (Part.MEMBER,)) is None
     assert not rounds.check(progress, "b", (Part.MEMBER,)).retry

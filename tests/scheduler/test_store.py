@@ -1,10 +1,10 @@
 """A job's store: whose it is, where it can resume, what its journal remembers."""
 
 from contextlib import contextmanager
-from hashlib import sha256
 
 import pytest
 import trio
+from blake3 import blake3
 from msgspec.structs import replace
 
 from hypha.errors import ConfigError, StoreError
@@ -64,7 +64,7 @@ def content(kind, round_made, version=""):
 
 
 def digest(kind, round_made, version=""):
-    return sha256(content(kind, round_made, version)).hexdigest()
+    return blake3(content(kind, round_made, version)).hexdigest()
 
 
 def put(store, tmp_path, kind, round_made, version=""):

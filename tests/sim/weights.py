@@ -7,12 +7,12 @@ Every file is canonical SafeTensors, so equal numbers have equal digests. A file
 vector has all elements, those of other tensors being zero.
 """
 
-import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from hypha.protocol.bridge import FileRef
 from hypha.protocol.job import OuterOptimizer
@@ -76,14 +76,14 @@ def to_bytes(vector: Vector, names: Collection[str] = SHAPES) -> bytes:
 
 def digest(vector: Vector, names: Collection[str] = SHAPES) -> str:
     """The digest of that file."""
-    return hashlib.sha256(to_bytes(vector, names)).hexdigest()
+    return blake3(to_bytes(vector, names)).hexdigest()
 
 
 def write(path: Path, vector: Vector, root: Path, names: Collection[str] = SHAPES) -> FileRef:
     """Write the file and return it as the bridge names it."""
     data = to_bytes(vector, names)
     path.write_bytes(data)
-    return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=hashlib.sha256(data).hexdigest())
+    return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=blake3(data).hexdigest())
 
 
 def read(path: Path, names: Collection[str] = SHAPES) -> Vector:

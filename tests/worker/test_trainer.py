@@ -135,7 +135,7 @@ async def test_samples_are_asked_for_once_the_round_is_open_and_come_as_a_verifi
 ):
     metrics.reset()
     data = b"slice" * 10
-    ref = SliceRef(name="s", samples=8, bytes=len(data), digest=digest_of(data))
+    ref = SliceRef(name="s", samples=8, bytes=len(data), digest=digest_of(data), digest_algorithm="blake3")
     (tmp_path / "cache" / ref.digest).write_bytes(data)
     await play.here.cache.open()
     interval = Interval(epoch=0, slice=3, start=2, stop=6)
