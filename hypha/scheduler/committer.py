@@ -115,7 +115,11 @@ class Committer:
                 await fetch_artifact(
                     self._network, server.peer_id, message, path, runtime=self._runtime, patience_s=self._patience_s
                 )
-            except (PeerUnreachable, RemoteProtocolError, StoreError) as error:
+            except StoreError as error:
+                self._standing.warn(
+                    "fetch", "What servers made cannot be written to state_dir; tried again", str(error)
+                )
+            except (PeerUnreachable, RemoteProtocolError) as error:
                 self._standing.note("fetch", f"{wanted.part} of round {wanted.round} is not here yet", str(error))
             else:
                 self._standing.clear("fetch")
@@ -139,7 +143,7 @@ class Committer:
             except Deposed:
                 raise
             except StoreError as error:
-                self._standing.note("store", "The job's store cannot be written", str(error))
+                self._standing.warn("store", "The job's store cannot be written; tried again", str(error))
                 await backoff.wait()
             else:
                 if self._standing.clear("store"):

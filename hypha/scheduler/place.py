@@ -17,14 +17,21 @@ from msgspec import Struct
 
 from hypha.errors import ConfigError, StoreError
 from hypha.scheduler.config import Config, JobConfig
+from hypha.scheduler.hold import FOLDER as HOLD_FOLDER
 from hypha.scheduler.settings import AnotherJob, insist_same, settings_of
 from hypha.scheduler.shapes import differing_shapes
 from hypha.scheduler.store import chain_says
+from hypha.store.blobs import CHECKPOINT_KINDS, RECORD_KIND
+from hypha.store.chain import FOLDER as CHAIN_FOLDER
 from hypha.store.disk import Disk, Held, RealDisk
 from hypha.store.objects import ObjectStore, open_objects
 from hypha.telemetry import get_logger
 
 log = get_logger("scheduler")
+
+
+# What a job's store has: a part that is left in one may be as large as a model.
+FOLDERS = (CHAIN_FOLDER, HOLD_FOLDER, RECORD_KIND, *CHECKPOINT_KINDS)
 
 
 class InUse(ConfigError):
@@ -61,6 +68,7 @@ def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
             disk = RealDisk(directory)
             objects = _objects(config, directory, fresh=fresh)
             insist_same_job(objects, config.scheduler.job)
+            _sweep(objects)
             downloads = directory / "downloads"
             shutil.rmtree(downloads, ignore_errors=True)
             os.makedirs(downloads, exist_ok=True)
@@ -116,6 +124,12 @@ def _objects(config: Config, directory: Path, *, fresh: bool) -> ObjectStore:
     if fresh and objects.names("chain"):
         raise ConfigError(f"checkpoint_url: {url} holds a job that cannot be set aside; name the job differently")
     return objects
+
+
+def _sweep(objects: ObjectStore) -> None:
+    left = [part for folder in FOLDERS for part in objects.sweep(folder)]
+    if left:
+        log.info("What was being written when the last run ended is removed", files=len(left), first=left[0])
 
 
 def _set_aside(directory: Path) -> None:

@@ -84,6 +84,16 @@ def test_what_the_last_run_left_is_touched_only_once_the_job_is_known_to_be_the_
         assert place.objects.names("chain") == []
 
 
+def test_what_a_killed_scheduler_was_writing_is_removed(config, tmp_path):
+    with open_place(config()) as place:
+        place.objects.create("model/1-x", [b"whole"])
+    half = tmp_path / "state/demo/model/2-y.0123.part"
+    half.write_bytes(b"half")
+    with open_place(config()) as place:
+        assert not half.exists()
+        assert place.objects.read("model/1-x") == b"whole"
+
+
 def test_it_may_come_once_the_first_is_gone(config, tmp_path):
     with open_place(config()) as place:
         (place.directory / "half").write_bytes(b"x")
