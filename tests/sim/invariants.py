@@ -62,8 +62,7 @@ class Invariants:
         from tests.sim.cluster import MODEL_SEED, OUTER
 
         self._cluster = cluster
-        scenario = cluster.scenario
-        self._reference = Reference(seed=MODEL_SEED, sizes=scenario.slices, outer=OUTER, streaming=scenario.streaming)
+        self._reference = Reference(seed=MODEL_SEED, sizes=cluster.scenario.slices, outer=OUTER)
         self._objects = DirectoryObjects(cluster.store)
         self._chain = Chain(self._objects)
         self._operations = 0

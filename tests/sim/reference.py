@@ -15,7 +15,14 @@ from tests.sim import dataset, weights
 class Reference:
     """Replays committed rounds; `round` is the newest, `samples` counts all that were used."""
 
-    def __init__(self, *, seed: int, sizes: tuple[int, ...], outer: OuterOptimizer, streaming: Streaming) -> None:
+    def __init__(
+        self,
+        *,
+        seed: int,
+        sizes: tuple[int, ...],
+        outer: OuterOptimizer,
+        streaming: Streaming = Streaming(),  # noqa: B008 - frozen
+    ) -> None:
         self.round = 0
         self.samples = 0
         self.epochs = 0

@@ -202,35 +202,36 @@ def test_a_round_that_was_left_is_trained_again_from_its_beginning(tmp_path, mon
     assert digests(disturbed) == digests(ran(tmp_path / "calm", spec, Later, workers=1, sync_after=8))
 
 
+class Closing(SameRows):
+    """Round 1 closes without worker-1, which has trained one batch of it."""
+
+    began = None
+
+    def grant(self, machine, round_, wanted):
+        if machine.name == "worker-1" and round_ == 1:
+            if any(isinstance(report, TrainProgress) for report in machine.reports):
+                assert self.changed.wait_for(lambda: self.round > 1, 30)
+            return super().grant(machine, round_, 8)
+        if machine.name == "worker-1" and self.began is None:
+            self.began = ref(machine.dir / "local-2.safetensors", machine.dir).digest
+        return super().grant(machine, round_, wanted)
+
+    def judged(self, report):
+        self.screened += 1
+        if self.screened == (1 if self.round == 1 else 2):
+            assert self.round > 1 or self.changed.wait_for(self.has_trained, 30)
+            self.merge()
+
+    def report(self, machine, report):
+        answer = super().report(machine, report)
+        self.changed.notify_all()
+        return answer
+
+    def has_trained(self):
+        return any(isinstance(report, TrainProgress) for report in self.workers[1].reports)
+
+
 def test_what_was_trained_and_not_contributed_is_void(tmp_path):
-    class Closing(SameRows):
-        """Round 1 closes without worker-1, which has trained one batch of it."""
-
-        began = None
-
-        def grant(self, machine, round_, wanted):
-            if machine.name == "worker-1" and round_ == 1:
-                if any(isinstance(report, TrainProgress) for report in machine.reports):
-                    assert self.changed.wait_for(lambda: self.round > 1, 30)
-                return super().grant(machine, round_, 8)
-            if machine.name == "worker-1" and self.began is None:
-                self.began = ref(machine.dir / "local-2.safetensors", machine.dir).digest
-            return super().grant(machine, round_, wanted)
-
-        def judged(self, report):
-            self.screened += 1
-            if self.screened == (1 if self.round == 1 else 2):
-                assert self.round > 1 or self.changed.wait_for(self.has_trained, 30)
-                self.merge()
-
-        def report(self, machine, report):
-            answer = super().report(machine, report)
-            self.changed.notify_all()
-            return answer
-
-        def has_trained(self):
-            return any(isinstance(report, TrainProgress) for report in self.workers[1].reports)
-
     job = ran(tmp_path / "job", job_spec(streaming=streamed()), Closing)
     assert outcome(job.rounds[1]) in stood_on(job.workers[1])
     assert job.began == stood_on(job.workers[1])[0][1]
