@@ -3,6 +3,7 @@
 JobSpec ── model, preprocessor, dataset ── what is trained on what
         ── inner, outer, rounds         ── how (DiLoCo, arXiv 2311.08105)
         ── compression                  ── in what form updates travel
+        ── streaming                    ── in which parts, and how long beside the inner steps
         ── resume                       ── which committed state a parameter server starts from
 """
 
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from hypha.protocol.compression import Compression
+from hypha.protocol.fragments import Streaming
 
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
@@ -157,3 +159,4 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     preprocessor: PreprocessorSpec | None = None
     resume: ResumePoint | None = None
     compression: Compression = Compression()
+    streaming: Streaming = Streaming()

@@ -263,6 +263,7 @@ class Scheduler:
             inner=job.inner_optimizer,
             outer=job.outer_optimizer,
             compression=job.compression,
+            streaming=job.streaming,
             rounds=job.rounds,
             resume=store.resume_point() if work == "aggregate" else None,
         )

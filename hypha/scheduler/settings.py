@@ -3,6 +3,7 @@
     name, manifest_digest          whose samples were used
     model                          which tensors there are
     outer_optimizer, compression   how records replay to the committed bits
+    fragments                      which tensors the record of a round holds
 
 They stand in the journal's first record and in every job epoch's entry of the chain; whoever goes on with either under
 other settings is refused, by key. Everything else (rounds, resources, inner optimizer …) may change between two runs.
@@ -26,7 +27,7 @@ REMEDY = (
     "or start over with --fresh, which sets aside what is there"
 )
 MANIFEST = "manifest_digest"
-KEYS = {MANIFEST: "dataset"}
+KEYS = {MANIFEST: "dataset", "fragments": "streaming.fragments"}
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -37,6 +38,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     model: ModelSpec
     outer_optimizer: OuterOptimizer = OuterOptimizer()
     compression: Compression = Compression()
+    fragments: int = 1
 
     def canonical(self) -> str:
         """As JSON: equal settings, equal text."""
@@ -64,6 +66,7 @@ def settings_of(job: JobConfig, *, manifest_digest: str) -> Settings:
         model=job.model,
         outer_optimizer=job.outer_optimizer,
         compression=job.compression,
+        fragments=job.streaming.fragments,
     )
 
 

@@ -32,6 +32,7 @@ from hypha.protocol.bridge import (
     StateReady,
     Stop,
 )
+from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import JobSpec
 from hypha.telemetry import get_logger, span_from
 from hypha.training import coded, executor, models, outer, tensors
@@ -63,6 +64,7 @@ class Aggregator:
         self.state = state
         self.outcome: MergeDone | None = None
         self.shapes = tensors.layout_of(work_dir / state.model.path).shapes()
+        self.fragments = Fragments(self.shapes, job.streaming)
         self.files: dict[int, set[str]] = {state.round: {state.model.path, state.momentum.path}}
         self.over = False
 
@@ -92,8 +94,10 @@ class Aggregator:
         """Say whether an update may be merged."""
         self.files.setdefault(event.round, set()).add(event.file.path)
         with span_from(event.traceparent, "screen", round=event.round) as span:
-            refusal = coded.screen(self.work_dir / event.file.path, self.shapes, self.job.compression.upward)
+            shapes = self.fragments.among(self.shapes, event.round)
+            refusal = coded.screen(self.work_dir / event.file.path, shapes, self.job.compression.upward)
             if refusal is not None:
+                refusal = self.fragments.say(event.round) + refusal
                 span.fail(refusal)
             self._report(Screened(ticket=event.ticket, refusal=refusal))
 
@@ -137,6 +141,7 @@ class Aggregator:
             outer=self.job.outer,
             upward=self.job.compression.upward,
             downward=self.job.compression.downward,
+            fragment=self.fragments.of(event.round),
         )
         refs = {part: getattr(stepped, part).ref(self.work_dir) for part in outer.PARTS}
         self.files.setdefault(event.round, set()).update(ref.path for ref in refs.values())
@@ -191,6 +196,7 @@ def resumed_state(session: Session, job: JobSpec, work_dir: Path) -> State:
     if not isinstance(fetched, ResumeFetched):
         raise RemoteProtocolError(f"worker answered FetchResume with {type(fetched).__name__}")
     state = State(fetched.round, fetched.model, fetched.momentum)
+    fragments = Fragments(tensors.layout_of(work_dir / state.model.path).tensors, job.streaming)
     for record in fetched.records:
         number = state.round + 1
         outs = {part: work_dir / f"{part}-{number}-replayed.safetensors" for part in outer.PARTS}
@@ -203,6 +209,7 @@ def resumed_state(session: Session, job: JobSpec, work_dir: Path) -> State:
                 record=old[2],
                 outer=job.outer,
                 downward=job.compression.downward,
+                fragment=fragments.of(number),
             )
         except RemoteProtocolError as error:
             raise JobFailed(f"record of round {number} cannot be replayed: {error}") from error

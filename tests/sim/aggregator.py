@@ -6,6 +6,7 @@ StateReady(r) ─▶ ┌─ Screen ─▶ Screened ─────────�
                  └─ Stop ─▶ exit 0                          ┘
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from hypha.protocol.bridge import (
     StateReady,
     Stop,
 )
+from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import JobSpec
 from tests.sim import weights
 from tests.sim.line import BridgeRefused, Line
@@ -52,6 +54,7 @@ class Aggregator:
 
     def __init__(self, line: Line, job: JobSpec, work_dir: Path, body: Body) -> None:
         self.line, self.job, self.work_dir, self.body = line, job, work_dir, body
+        self.fragments = Fragments(weights.SHAPES, job.streaming)
         self.outcome: MergeDone | None = None
         self.files: dict[int, set[str]] = {}
         self.over = False
@@ -77,7 +80,9 @@ class Aggregator:
         round_, theta, velocity = fetched.round, self._read(fetched.model), self._read(fetched.momentum)
         for record in fetched.records:
             round_ += 1
-            theta, velocity, _ = weights.step(theta, velocity, self._read(record), self.job.outer)
+            names = self.fragments.of(round_)
+            gradient = weights.read(self.work_dir / record.path, names)
+            theta, velocity, _ = weights.step(theta, velocity, gradient, self.job.outer, names)
         self.body.note(f"state of round {round_} restored from round {fetched.round}")
         model = self._write(f"model-{round_}-replayed", theta)
         return State(round_, model, self._write(f"momentum-{round_}-replayed", velocity))
@@ -85,8 +90,8 @@ class Aggregator:
     def _read(self, file: FileRef) -> weights.Vector:
         return weights.read(self.work_dir / file.path)
 
-    def _write(self, name: str, vector: weights.Vector) -> FileRef:
-        return weights.write(self.work_dir / f"{name}.safetensors", vector, self.work_dir)
+    def _write(self, name: str, vector: weights.Vector, names: Collection[str] = weights.SHAPES) -> FileRef:
+        return weights.write(self.work_dir / f"{name}.safetensors", vector, self.work_dir, names)
 
     async def take(self, event: Event) -> None:
         """Act on one event."""
@@ -106,7 +111,8 @@ class Aggregator:
         await self.body.work(SCREEN_S)
         path = self.work_dir / event.file.path
         # Whoever sent it may have been dropped while it waited here.
-        sound = path.is_file() and bool(np.isfinite(weights.read(path)).all())
+        names = self.fragments.of(event.round)
+        sound = path.is_file() and bool(np.isfinite(weights.read(path, names)).all())
         await self.line.report(Screened(ticket=event.ticket, refusal=None if sound else "it is not finite"))
 
     async def merge(self, event: Merge) -> None:
@@ -129,11 +135,13 @@ class Aggregator:
 
     def _merged(self, event: Merge) -> MergeDone:
         inputs = sorted(event.inputs, key=lambda one: (one.peer_id, one.fence))
-        gradient = weights.mean([(self._read(one.file), one.samples) for one in inputs])
-        theta, velocity = self._read(self.state.model), self._read(self.state.momentum)
-        theta, velocity, update = weights.step(theta, velocity, gradient, self.job.outer)
-        vectors = {"model": theta, "momentum": velocity, "record": gradient, "update": update}
-        refs = {part: self._write(f"{part}-{event.round}-{event.close}", v) for part, v in vectors.items()}
+        names = self.fragments.of(event.round)
+        deltas = [(weights.read(self.work_dir / one.file.path, names), one.samples) for one in inputs]
+        theta, velocity, gradient = self._read(self.state.model), self._read(self.state.momentum), weights.mean(deltas)
+        theta, velocity, update = weights.step(theta, velocity, gradient, self.job.outer, names)
+        whole, moved = {"model": theta, "momentum": velocity}, {"record": gradient, "update": update}
+        refs = {part: self._write(f"{part}-{event.round}-{event.close}", v) for part, v in whole.items()}
+        refs |= {part: self._write(f"{part}-{event.round}-{event.close}", v, names) for part, v in moved.items()}
         self.files.setdefault(event.round, set()).update(ref.path for ref in refs.values())
         return MergeDone(round=event.round, close=event.close, update_norm=float(np.linalg.norm(update)), **refs)
 

@@ -2,8 +2,10 @@
 
 entry r ─▶ contributions: samples named ─▶ their pseudo-gradients on model r-1, byte for byte
         ─▶ merged by weight in (peer id, fence) order ─▶ Nesterov ─▶ model r, momentum r, record r: by digest
+of a round's fragment, where the job has fragments
 """
 
+from hypha.protocol.fragments import Fragments, Streaming
 from hypha.protocol.job import OuterOptimizer
 from hypha.protocol.manifest import RoundCommitted
 from hypha.protocol.messages import Contribution, Interval
@@ -13,11 +15,19 @@ from tests.sim import dataset, weights
 class Reference:
     """Replays committed rounds; `round` is the newest, `samples` counts all that were used."""
 
-    def __init__(self, *, seed: int, sizes: tuple[int, ...], outer: OuterOptimizer) -> None:
+    def __init__(
+        self,
+        *,
+        seed: int,
+        sizes: tuple[int, ...],
+        outer: OuterOptimizer,
+        streaming: Streaming = Streaming(),  # noqa: B008 - frozen
+    ) -> None:
         self.round = 0
         self.samples = 0
         self.epochs = 0
         self._sizes = sizes
+        self._fragments = Fragments(weights.SHAPES, streaming)
         self._outer = outer
         self._theta = weights.initial(seed)
         self._velocity = weights.zeros()
@@ -38,17 +48,17 @@ class Reference:
             faults.append(f"L5: round {merged.round} starts from another model than round {self.round} left")
         faults += [fault for each in entry.contributions for fault in self._use(each)]
         named = [(self._delta(c), c.samples) for c in self._ordered(entry.contributions) if c.samples]
-        gradient = weights.mean(named)
-        self._theta, self._velocity, update = weights.step(self._theta, self._velocity, gradient, self._outer)
+        gradient, moved = weights.mean(named), self._fragments.of(merged.round)
+        self._theta, self._velocity, update = weights.step(self._theta, self._velocity, gradient, self._outer, moved)
         self.round = merged.round
         expected = {
-            "model": (self._theta, merged.model_digest),
-            "momentum": (self._velocity, merged.momentum_digest),
-            "record": (gradient, merged.record_digest),
-            "update": (update, merged.update_digest),
+            "model": (weights.digest(self._theta), merged.model_digest),
+            "momentum": (weights.digest(self._velocity), merged.momentum_digest),
+            "record": (weights.digest(gradient, moved), merged.record_digest),
+            "update": (weights.digest(update, moved), merged.update_digest),
         }
-        for part, (vector, found) in expected.items():
-            if weights.digest(vector) != found:
+        for part, (wanted, found) in expected.items():
+            if wanted != found:
                 faults.append(f"the {part} of round {merged.round} is not what its contributions make")
         return faults
 
@@ -78,6 +88,7 @@ class Reference:
                 faults.append(f"L6: {who} used epoch {interval.epoch} before the one before it was all used")
         self.samples += contribution.samples
         self.epochs = sum(len(used) == sum(self._sizes) for used in self._used.values())
-        if weights.digest(self._delta(contribution)) != contribution.digest:
+        moved = self._fragments.of(contribution.round)
+        if weights.digest(self._delta(contribution), moved) != contribution.digest:
             faults.append(f"the contribution of {who} is not what its samples and base give")
         return faults

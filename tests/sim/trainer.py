@@ -32,6 +32,7 @@ from hypha.protocol.bridge import (
     TrainProgress,
     UpdateArrived,
 )
+from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import JobSpec
 from hypha.protocol.messages import Interval
 from hypha.training import standing
@@ -126,6 +127,7 @@ class Trainer:
 
     def __init__(self, line: Line, job: JobSpec, work_dir: Path, body: Body, batch_s: float) -> None:
         self.line, self.job, self.work_dir, self.body, self.batch_s = line, job, work_dir, body, batch_s
+        self.fragments = Fragments(weights.SHAPES, job.streaming)
         self.outlook = standing.Outlook()
         self.kept: dict[int, Kept] = {}
         self.here = 0
@@ -163,7 +165,7 @@ class Trainer:
         base = self.kept[arrived.round].base
         del self.outlook.updates[arrived.round]
         path = self.work_dir / arrived.file.path
-        result = base - weights.read(path)
+        result = base - weights.read(path, self.fragments.of(arrived.round))
         path.unlink()
         if weights.digest(result) != arrived.model_digest:
             self.body.note(f"update of round {arrived.round} leads elsewhere")
@@ -305,7 +307,8 @@ class Trainer:
 
     def _update(self, kept: Kept, used: Sequence[Interval], samples: Sequence[int]) -> SendUpdate:
         delta = weights.pseudo_gradient(samples, kept.base)
-        file = weights.write(self.work_dir / f"update-{self.here}.safetensors", delta, self.work_dir)
+        path, names = self.work_dir / f"update-{self.here}.safetensors", self.fragments.of(self.here)
+        file = weights.write(path, delta, self.work_dir, names)
         return SendUpdate(
             round=self.here,
             base_digest=kept.digest,

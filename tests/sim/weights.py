@@ -1,12 +1,13 @@
-"""The simulated model: fifteen numbers in two tensors, trained by arithmetic that can be repeated from the chain alone.
+"""The simulated model: fifteen numbers in three layers, trained by arithmetic that the chain alone can repeat.
 
     sample i ─▶ g(i) = sin((i+1)·k)          pseudo-gradient of a contribution: mean of g over its samples + θ/100
     contributions ─▶ mean by samples ─▶ Nesterov ─▶ θ', v', Δ̄, U        as hypha.training.outer, in numpy fp32
 
-Every file is canonical SafeTensors, so equal numbers have equal digests.
+Every file is canonical SafeTensors, so equal numbers have equal digests. A file may hold some of the tensors only; a
+vector has all elements, those of other tensors being zero.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from hypha.protocol.job import OuterOptimizer
 from hypha.protocol.tensorfile import TensorSpec, layout, parse_header
 
 Vector = npt.NDArray[np.float32]  # all elements of the model, in file order
-SHAPES = {"bias": (3,), "weight": (4, 3)}
+SHAPES = {"layers.0.weight": (4,), "layers.1.weight": (4, 2), "layers.2.bias": (3,)}
 ELEMENTS = 15
-_HEADER, _LAYOUT = layout([TensorSpec(name, "F32", shape) for name, shape in SHAPES.items()])
+_PLACES = {"layers.0.weight": slice(0, 4), "layers.1.weight": slice(4, 12), "layers.2.bias": slice(12, 15)}
 _WAVES = 0.37 * np.arange(1, ELEMENTS + 1)
 IDS = "ids"  # the one tensor of the simulated dataset: a number for each sample
 
@@ -54,37 +55,47 @@ def mean(weighted: Sequence[tuple[Vector, int]]) -> Vector:
     return total
 
 
-def step(theta: Vector, velocity: Vector, gradient: Vector, outer: OuterOptimizer) -> tuple[Vector, Vector, Vector]:
-    """Return θ', v' and U of one Nesterov step."""
+def step(
+    theta: Vector, velocity: Vector, gradient: Vector, outer: OuterOptimizer, names: Collection[str] = SHAPES
+) -> tuple[Vector, Vector, Vector]:
+    """Return θ', v' and U of one Nesterov step on these tensors; the others stay."""
     momentum, rate = np.float32(outer.momentum), np.float32(outer.learning_rate)
-    speed = velocity * momentum + gradient
-    update = (speed * momentum + gradient) * rate
+    speed, update = velocity.copy(), zeros()
+    for name in sorted(names):
+        at = _PLACES[name]
+        speed[at] = velocity[at] * momentum + gradient[at]
+        update[at] = (speed[at] * momentum + gradient[at]) * rate
     return theta - update, speed, update
 
 
-def to_bytes(vector: Vector) -> bytes:
-    """The file that holds these numbers."""
-    return _HEADER + vector.astype("<f4").tobytes()
+def to_bytes(vector: Vector, names: Collection[str] = SHAPES) -> bytes:
+    """The file that holds these numbers of these tensors."""
+    header, _ = layout([TensorSpec(name, "F32", SHAPES[name]) for name in names])
+    return header + b"".join(vector[_PLACES[name]].astype("<f4").tobytes() for name in sorted(names))
 
 
-def digest(vector: Vector) -> str:
+def digest(vector: Vector, names: Collection[str] = SHAPES) -> str:
     """The digest of that file."""
-    return blake3(to_bytes(vector)).hexdigest()
+    return blake3(to_bytes(vector, names)).hexdigest()
 
 
-def write(path: Path, vector: Vector, root: Path) -> FileRef:
+def write(path: Path, vector: Vector, root: Path, names: Collection[str] = SHAPES) -> FileRef:
     """Write the file and return it as the bridge names it."""
-    data = to_bytes(vector)
+    data = to_bytes(vector, names)
     path.write_bytes(data)
     return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=blake3(data).hexdigest())
 
 
-def read(path: Path) -> Vector:
+def read(path: Path, names: Collection[str] = SHAPES) -> Vector:
     """Return the numbers in a file. Raises RemoteProtocolError where it is none of ours."""
-    data = path.read_bytes()
-    placed = parse_header(data[: _LAYOUT.header_bytes], file_bytes=len(data))
-    assert placed.shapes() == _LAYOUT.shapes(), f"{path.name} is another model's"
-    return np.frombuffer(data, "<f4", offset=_LAYOUT.header_bytes).astype(np.float32)
+    data, vector = path.read_bytes(), zeros()
+    header, mine = layout([TensorSpec(name, "F32", SHAPES[name]) for name in names])
+    placed = parse_header(data[: len(header)], file_bytes=len(data))
+    assert placed.shapes() == mine.shapes(), f"{path.name} holds {sorted(placed.shapes())}, not {sorted(names)}"
+    for name in sorted(names):
+        at, found = _PLACES[name], placed.tensors[name]
+        vector[at] = np.frombuffer(data[found.start : found.stop], "<f4")
+    return vector
 
 
 def slice_bytes(first: int, samples: int) -> bytes:

@@ -1,0 +1,80 @@
+"""What a training executor keeps of rounds that are not committed yet, to be able to go back to them.
+
+    Book[r] = Kept(base, own parameters and inner state at r's beginning, the update that was sent, debts)
+      put(r) ── replaces r, and its base on disk          forget(r) ── r is committed: the files up to it may go
+
+A debt is what coding an update lost (hypha.training.outer). It is its fragment's, and waits for that one's next turn.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import torch
+
+from hypha.protocol.bridge import SendUpdate
+from hypha.protocol.messages import Interval
+from hypha.training.inner import Inner
+
+
+@dataclass
+class Kept:
+    """One uncommitted round as this executor has it."""
+
+    base: Path
+    digest: str
+    inner: Inner  # at the round's beginning
+    update: SendUpdate | None = None
+    contributed: bool = False
+    begun: bool = False  # inner steps were taken on it
+    requests: int = 0  # FetchSamples made so far
+    refusals: int = 0
+    fragment: int = 0  # what it synchronises
+    local: Path | None = None  # own parameters at the beginning, the base not yet mixed in; None: they were the base
+    owed: Mapping[int, Path] = field(default_factory=dict)  # what codings before this round lost, by fragment
+    lost: Path | None = None  # what will be owed once this round's update was accepted
+
+
+class Book(dict[int, Kept]):
+    """Kept rounds by number; `debts` are all files of what was lost that are on disk."""
+
+    def __init__(self, work_dir: Path) -> None:
+        super().__init__()
+        self.work_dir = work_dir
+        self.debts: set[Path] = set()
+
+    def put(self, round_: int, kept: Kept) -> None:
+        """Keep a round, in place of what was kept under that number."""
+        old = self.get(round_)
+        self[round_] = kept
+        if old is not None and old.base != kept.base:
+            old.base.unlink(missing_ok=True)
+
+    def owed(self, round_: int) -> Mapping[int, Path]:
+        """What a round that begins now has to make good: what the last accepted update of each fragment lost."""
+        before = max((number for number in self if number < round_), default=None)
+        if before is None:
+            return self[round_].owed if round_ in self else {}
+        kept = self[before]
+        return {**kept.owed, kept.fragment: kept.lost} if kept.contributed and kept.lost is not None else kept.owed
+
+    def forget(self, round_: int, *, here: int) -> None:
+        """Drop what was kept to undo rounds up to `round_`, but not where the model stands."""
+        for number in [one for one in self if one <= round_ and one != here]:
+            kept = self.pop(number)
+            update = None if kept.update is None else self.work_dir / kept.update.file.path
+            for path in (kept.base, kept.inner.path, kept.local, update):
+                if path is not None:
+                    path.unlink(missing_ok=True)
+        needed = {path for kept in self.values() for path in (*kept.owed.values(), kept.lost)}
+        for path in self.debts - needed:
+            path.unlink(missing_ok=True)
+            self.debts.discard(path)
+
+
+def generator_of(base_digest: str, used: Sequence[Interval]) -> torch.Generator:
+    """Randomness of a worker's own, yet the same again: no two workers take the same samples on the same base."""
+    seed = hashlib.sha256(msgspec.json.encode((base_digest, sorted(used)))).digest()
+    return torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
