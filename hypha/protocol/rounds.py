@@ -43,6 +43,7 @@ class Terms(Struct, frozen=True, kw_only=True):
     quorum: int
     deadline_s: float
     fewest: int = 0  # with fewer workers leased no round closes
+    ahead: bool = False  # members may train for the round after the open one
 
 
 class Waiting(Struct, frozen=True, kw_only=True):
@@ -250,16 +251,24 @@ class RoundBook:
 
     # --- samples --------------------------------------------------------------------------------------------------
 
-    def grant(self, member: Member, *, request: int, wanted: int) -> Interval | Later | None:
+    def is_ahead(self, round: int) -> bool:
+        """Whether samples of `round` are granted although the round before it is open."""
+        return self.terms.ahead and round == self.round + 1
+
+    def grant(self, member: Member, *, request: int, wanted: int, ahead: bool = False) -> Interval | Later | None:
         """Grant samples of the open round to a member that `check` let pass; journal the grant before it is sent.
 
-        None is NoMore. Later: ask again in a moment.
+        None is NoMore. Later: ask again in a moment. `ahead`: of the round after the open one, to a member with samples
+        of the open one (which so will not starve for these), let pass by `check_lease`.
         """
-        if self.round > self.terms.updates:
+        round = self.round + ahead
+        if round > self.terms.updates:
             return Later(reason=f"the last round, {self.terms.updates}, is being committed")
-        if (member.peer_id, member.fence, self.round) in self._excluded:
+        if (member.peer_id, member.fence, round) in self._excluded:
             return None
-        return self.table.grant(member, round=self.round, request=request, wanted=wanted)
+        if ahead and not self.table.held(member, self.round):
+            return Later(reason=f"it holds no samples of round {self.round}, which comes first")
+        return self.table.grant(member, round=round, request=request, wanted=wanted)
 
     # --- contributions --------------------------------------------------------------------------------------------
 

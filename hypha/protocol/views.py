@@ -127,9 +127,9 @@ class ViewGuard:
             return self._take(view, peer_id)
         if view.job_epoch == newest.job_epoch and peer_id != self.scheduler:
             return Observed(stale=f"job epoch {view.job_epoch} belongs to {self.scheduler}")
-        if _order(view) < _order(newest):
+        if order_of(view) < order_of(newest):
             return Observed(stale=f"view {_say(view)} is older than {_say(newest)}")
-        if _order(view) > _order(newest):
+        if order_of(view) > order_of(newest):
             return self._take(view, peer_id)
         if not same_world(view, newest):
             return Observed(stale=f"view {_say(view)} was something else before")
@@ -167,7 +167,8 @@ class ViewGuard:
         return verdict
 
 
-def _order(view: RoundView) -> Ordered:
+def order_of(view: RoundView) -> Ordered:
+    """Return what orders views of one job: the job epoch first, then the number."""
     return view.job_epoch, view.view
 
 

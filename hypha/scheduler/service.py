@@ -190,6 +190,7 @@ class Scheduler:
             quorum=rounds.quorum,
             deadline_s=rounds.deadline_s,
             fewest=self._job.resources.min_workers or 0,
+            ahead=self._job.streaming.overlap_steps > 0,
         )
 
     def _coordinator(self, book: RoundBook, store: JobStore, pool: Pool, epoch: int) -> Coordinator:

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from hypha.protocol.bridge import SendUpdate
+from hypha.protocol.bridge import FileRef, SendUpdate
 from hypha.protocol.messages import Interval
 from hypha.training.inner import Inner
 
@@ -28,6 +28,9 @@ class Kept:
     inner: Inner  # at the round's beginning
     update: SendUpdate | None = None
     contributed: bool = False
+    out: bool = False  # the update is on its way
+    ahead: bool = False  # the next round's inner steps may go on without their base
+    early: bool = False  # its outer update is not to be applied yet
     begun: bool = False  # inner steps were taken on it
     requests: int = 0  # FetchSamples made so far
     refusals: int = 0
@@ -35,6 +38,17 @@ class Kept:
     local: Path | None = None  # own parameters at the beginning, the base not yet mixed in; None: they were the base
     owed: Mapping[int, Path] = field(default_factory=dict)  # what codings before this round lost, by fragment
     lost: Path | None = None  # what will be owed once this round's update was accepted
+
+    def sent(self, round_: int, file: FileRef, used: Sequence[Interval], loss: float) -> SendUpdate:
+        """Describe the update that training on `used` gave."""
+        return SendUpdate(
+            round=round_,
+            base_digest=self.digest,
+            file=file,
+            samples=sum(interval.samples for interval in used),
+            intervals=tuple(sorted(used)),
+            loss=loss,
+        )
 
 
 class Book(dict[int, Kept]):

@@ -8,6 +8,7 @@
 The executor's reports are answered from what is known here; they travel to the scheduler in the background.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from hypha.protocol.messages import (
     UpdateRefused,
 )
 from hypha.protocol.tensorfile import DIGEST_ALGORITHM
-from hypha.protocol.views import refusal
+from hypha.protocol.views import Ordered, order_of, refusal
 from hypha.telemetry import extracted, get_logger, inject, metrics, span
 from hypha.worker.redelivery import Redelivery
 from hypha.worker.session import JobContext, Session
@@ -58,6 +59,9 @@ class TrainSession(Session):
         self._arrivals = 0
         self._pushed_to: tuple[Member, ...] = ()
         self._redelivery = Redelivery(self, self._push, lambda: self._pushed_to)
+        self._lead = 1 if context.job.streaming.overlap_steps else 0  # rounds that may be trained before they are open
+        self._newest: bridge.SendUpdate | None = None
+        self._promised: tuple[int, str, Ordered] | None = None  # round and base an outer update leads to; the view then
 
     async def run(self) -> None:
         """Send what the executor reports, until cancelled. Raises JobFailed when the executor has failed."""
@@ -130,7 +134,8 @@ class TrainSession(Session):
 
     async def _fetch_samples(self, request: bridge.FetchSamples) -> bridge.SamplesFetched | bridge.NoSamples:
         round_wanted = request.round
-        await self.until(lambda: self.view is not None and (self.view.round >= round_wanted or self.stopped))
+        first = round_wanted - self._lead
+        await self.until(lambda: self.view is not None and (self.view.round >= first or self.stopped))
         grant = await self._ask_for_samples(request)
         if grant is None or isinstance(grant, NoMore):
             return bridge.NoSamples(round=round_wanted)
@@ -165,20 +170,21 @@ class TrainSession(Session):
 
     def _open(self, round_asked: int, job_epoch: int | None = None) -> bool:
         view = self.view
-        if self.stopped or self.leaving or view is None or view.round != round_asked:
+        if self.stopped or self.leaving or view is None or not 0 <= round_asked - view.round <= self._lead:
             return False
         return job_epoch in (None, view.job_epoch)
 
-    def _goes_on_with(self, view: RoundView) -> bool:
-        return self._stands(view) and not self.stopped
+    def _goes_on_with(self, view: RoundView, wanted: Callable[[], bool]) -> bool:
+        return self._stands(view) and wanted() and not self.stopped
 
     # --- send -----------------------------------------------------------------------------------------------------
 
     async def send(self, request: bridge.Send) -> bridge.Sent:
         """Push an update to every parameter server; retried until they answer or the round has moved on."""
-        started = self.context.runtime.now()
+        started, self._newest = self.context.runtime.now(), request
+        self.wake()  # one that is still under way is given up for it
         with extracted(request.traceparent or self.round_trace()), span("push_update", round=request.round) as pushing:
-            answer = await self.waiting(self._push(request))
+            answer = await self.waiting(self._push(request, wanted=lambda: self._newest is request))
             pushing.set(answer=type(answer).__name__)
         metrics.GRADIENT_TRANSMISSION_TIME.record(self.context.runtime.now() - started)
         if isinstance(answer, bridge.SendAccepted):
@@ -186,21 +192,24 @@ class TrainSession(Session):
             self._redelivery.delivered(request)
         return answer
 
-    async def _push(self, request: bridge.SendUpdate) -> bridge.Sent:
+    async def _push(self, request: bridge.SendUpdate, *, wanted: Callable[[], bool] = lambda: True) -> bridge.Sent:
         path = self.file(request.file.path)
         backoff = self.backoff()
         while not self.stopped:
             view = self.view
             if view is None:
                 raise RemoteProtocolError("an update before there was a view")
-            if (view.round, view.base_digest) != (request.round, request.base_digest):
+            if wanted() and self._promised == (request.round, request.base_digest, order_of(view)):
+                await self.changed()  # the view that opens this round is on its way
+                continue
+            if (view.round, view.base_digest) != (request.round, request.base_digest) or not wanted():
                 return bridge.SendRebase(round=view.round, base_digest=view.base_digest)
-            pushing, wanted = partial(self._push_to_all, view, request, path), partial(self._goes_on_with, view)
-            answer: bridge.Sent | None = await self.while_wanted(pushing, wanted)
+            pushing, stands = partial(self._push_to_all, view, request, path), partial(self._goes_on_with, view, wanted)
+            answer: bridge.Sent | None = await self.while_wanted(pushing, stands)
             if answer is not None:
                 self._pushed_to = view.servers
                 return answer
-            if wanted():
+            if stands():
                 await self.pause(backoff)
         return bridge.SendRefused(reason="the job is over")
 
@@ -367,6 +376,13 @@ class TrainSession(Session):
         starts_at_base = header.round == view.round and header.base_digest == view.base_digest
         if not (leads_to_base or starts_at_base):
             raise Refused(f"outer step {header.round} does not belong to view {view.view} of round {view.round}")
+
+    def emit(self, event: bridge.Event) -> None:
+        """Queue an event for the executor. An outer update says which round will open, maybe before its view does."""
+        view = self.view
+        if isinstance(event, bridge.UpdateArrived) and view is not None and view.round == event.round:
+            self._promised = (event.round + 1, event.model_digest, order_of(view))
+        super().emit(event)
 
     def _hand_over(self, header: OuterUpdate, name: str) -> None:
         file = bridge.FileRef(path=name, bytes=header.bytes, digest=header.digest)

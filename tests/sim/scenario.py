@@ -9,6 +9,7 @@ import random
 from msgspec import Struct
 
 from hypha.network.memory_faults import FaultProfile
+from hypha.protocol.fragments import Streaming
 from tests.sim import flavours
 from tests.sim.flavours import CALM, FLAVOURS, Fault
 
@@ -45,6 +46,13 @@ class Scenario(Struct, frozen=True, kw_only=True):
     paces: tuple[float, ...] = ()  # seconds for a batch on each worker
     profile: FaultProfile = CALM
     faults: tuple[Fault, ...] = ()
+    fragments: int = 1
+    overlap: int = 0  # inner steps
+
+    @property
+    def streaming(self) -> Streaming:
+        """How the job synchronises its model."""
+        return Streaming(fragments=self.fragments, overlap_steps=self.overlap)
 
     @property
     def healed_at_s(self) -> float:
@@ -87,4 +95,6 @@ def draw(seed: int) -> Scenario:
         paces=tuple(chance.choice((0.15, 0.3, 0.3, 0.7)) for _ in range(8)),
         profile=flavours.profile(flavour, chance),
         faults=flavours.faults(flavour, chance, ttl_s=ttl_s),
+        fragments=chance.choice((1, 2, 3)),
+        overlap=chance.choice((0, 0, 1, 2)),
     )
