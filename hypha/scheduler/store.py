@@ -203,8 +203,9 @@ class JobStore:
                 self._verify(model, momentum, records)
             except StoreError as error:
                 faults.append(f"round {model.round}: {error}")
-                log.warn("Checkpoint unusable, an older one is tried", round=model.round, reason=str(error))
                 continue
+            if faults:
+                log.warn("Checkpoint unusable, an older one is used", damaged="; ".join(faults), used=model.name)
             return ResumePoint(
                 round=model.round, model_digest=model.digest, momentum_digest=momentum.digest, records=records
             )

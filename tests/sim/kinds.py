@@ -73,7 +73,7 @@ SAID = {
     "Worker not adopted": "lease not adopted",
     "State not fetched yet": "state not fetched at first",
     "Outer update not taken": "outer update not taken",
-    "Checkpoint unusable, an older one is tried": "older checkpoint used",
+    "Checkpoint unusable, an older one is used": "older checkpoint used",
     "Worker left": "polite leave",
     "The journal can be written again": "full disk survived: journal",
     "The job's store can be written again": "full disk survived: store",
