@@ -30,9 +30,7 @@ from hypha.protocol.messages import (
 )
 from hypha.protocol.slices import Later, SliceTable
 from hypha.protocol.tally import Exclude, Key, Tally
-from hypha.protocol.views import Part, Verdict, judge, judge_lease
-
-NAMES_SHOWN_MAX = 4
+from hypha.protocol.views import Part, Verdict, judge, judge_lease, say_members
 
 
 class Terms(Struct, frozen=True, kw_only=True):
@@ -311,7 +309,7 @@ class RoundBook:
             return self._closing.begin(self._view, accepted)
         said = [short] if short is not None else [f"{len(accepted)} contributions"]
         if missing:
-            said.append(f"waiting for {_names(missing)}")
+            said.append(f"waiting for {say_members(missing)}")
         said.append(f"{self.deadline - now:.1f} s to the deadline" if now < self.deadline else "past its deadline")
         spent = () if missing else tuple(m for m in sorted(self.members) if not self._adds(m, accepted))
         return Waiting(reason=f"round {self.round}: " + "; ".join(said), replace=spent if short else ())
@@ -328,7 +326,7 @@ class RoundBook:
         if not self.servers:
             return f"round {self.round}: no parameter server is ready"
         if self.pending is not None:
-            merging = _names(self._closing.unanswered())
+            merging = say_members(self._closing.unanswered())
             return f"round {self.round}: close {self.pending.close} is being merged by {merging}"
         if self._closing.refusal is not None:
             return f"round {self.round}: {self._closing.refusal}"
@@ -400,9 +398,3 @@ class RoundBook:
         if self.uncommitted is None or self.uncommitted.round != round:
             raise LocalProtocolError(f"round {round} is not the one to be committed")
         return self.uncommitted
-
-
-def _names(members: Iterable[Member]) -> str:
-    names = [member.peer_id for member in members]
-    more = f" and {len(names) - NAMES_SHOWN_MAX} more" if len(names) > NAMES_SHOWN_MAX else ""
-    return ", ".join(names[:NAMES_SHOWN_MAX]) + more

@@ -9,6 +9,7 @@ A job epoch belongs to the one scheduler that was first heard under it. Base dig
 bytes (see collect.py); everything else that makes a message stale is judged here.
 """
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
@@ -18,6 +19,7 @@ from msgspec.structs import replace
 from hypha.errors import Refused
 from hypha.protocol.messages import CloseRound, Collected, Member, PushUpdate, RoundMessage, RoundView
 
+NAMES_SHOWN_MAX = 4
 Ordered = tuple[int, int]  # (job epoch, view number)
 
 
@@ -174,3 +176,10 @@ def order_of(view: RoundView) -> Ordered:
 
 def _say(view: RoundView) -> str:
     return f"{view.job_epoch}.{view.view}"
+
+
+def say_members(members: Iterable[Member]) -> str:
+    """Name some leases for people: the first few, and how many more there are."""
+    names = [member.peer_id for member in members]
+    more = f" and {len(names) - NAMES_SHOWN_MAX} more" if len(names) > NAMES_SHOWN_MAX else ""
+    return ", ".join(names[:NAMES_SHOWN_MAX]) + more

@@ -27,7 +27,6 @@ from hypha.protocol.messages import (
     FetchModel,
     Member,
     Message,
-    NoMore,
     OuterUpdate,
     Progress,
     PushUpdate,
@@ -35,8 +34,6 @@ from hypha.protocol.messages import (
     Rebase,
     Request,
     RoundView,
-    SliceGrant,
-    SliceRequest,
     SyncAfter,
     UpdateRefused,
 )
@@ -44,6 +41,7 @@ from hypha.protocol.tensorfile import DIGEST_ALGORITHM
 from hypha.protocol.views import Ordered, order_of, refusal
 from hypha.telemetry import extracted, get_logger, inject, metrics, span
 from hypha.worker.redelivery import Redelivery
+from hypha.worker.samples import Samples
 from hypha.worker.session import JobContext, Session
 
 log = get_logger("worker.trainer")
@@ -59,7 +57,7 @@ class TrainSession(Session):
         self._arrivals = 0
         self._pushed_to: tuple[Member, ...] = ()
         self._redelivery = Redelivery(self, self._push, lambda: self._pushed_to)
-        self._lead = 1 if context.job.streaming.overlap_steps else 0  # rounds that may be trained before they are open
+        self._samples = Samples(self)
         self._newest: bridge.SendUpdate | None = None
         self._promised: tuple[int, str, Ordered] | None = None  # round and base an outer update leads to; the view then
 
@@ -82,7 +80,7 @@ class TrainSession(Session):
             case bridge.FetchBase():
                 return await self._fetch_base()
             case bridge.FetchSamples():
-                return await self._fetch_samples(request)
+                return await self._samples.fetch(request)
             case bridge.FetchSource():
                 return await self.fetch_source(request)
             case bridge.FetchHeldOut():
@@ -131,48 +129,6 @@ class TrainSession(Session):
                 continue
             return bridge.FileRef(path=path.name, bytes=size, digest=view.base_digest)
         return None
-
-    async def _fetch_samples(self, request: bridge.FetchSamples) -> bridge.SamplesFetched | bridge.NoSamples:
-        round_wanted = request.round
-        first = round_wanted - self._lead
-        await self.until(lambda: self.view is not None and (self.view.round >= first or self.stopped))
-        grant = await self._ask_for_samples(request)
-        if grant is None or isinstance(grant, NoMore):
-            return bridge.NoSamples(round=round_wanted)
-        path = await self.slice_path(grant.slice)
-        return bridge.SamplesFetched(interval=grant.interval, path=path)
-
-    async def _ask_for_samples(self, request: bridge.FetchSamples) -> SliceGrant | NoMore | None:
-        """Ask until answered or the round has moved on; under a new job epoch, ask anew."""
-        while self._open(request.round):
-            view = self.view
-            assert view is not None, "a round is open"
-            message = SliceRequest(
-                job_id=view.job_id,
-                job_epoch=view.job_epoch,
-                round=request.round,
-                lease_id=self.context.lease_id,
-                fence=self.context.fence,
-                request=request.request,
-                wanted=request.wanted,
-            )
-            try:
-                answer = await self.insist(
-                    self.context.scheduler, message, partial(self._open, request.round, message.job_epoch)
-                )
-            except Refused as refusal:
-                # The round moved on while we asked, or another view has us no more: nothing to train on in this round.
-                log.info("No samples", round=request.round, reason=str(refusal))
-                return None
-            if answer is not None:
-                return answer
-        return None
-
-    def _open(self, round_asked: int, job_epoch: int | None = None) -> bool:
-        view = self.view
-        if self.stopped or self.leaving or view is None or not 0 <= round_asked - view.round <= self._lead:
-            return False
-        return job_epoch in (None, view.job_epoch)
 
     def _goes_on_with(self, view: RoundView, wanted: Callable[[], bool]) -> bool:
         return self._stands(view) and wanted() and not self.stopped
