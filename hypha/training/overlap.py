@@ -66,6 +66,7 @@ class Overlapping(Trainer):
         self.pushed_at = 0  # in inner steps
         self.batches = job.rounds.samples_between_updates
         self._starving = False
+        self._asked_at = -1  # in inner steps
         self._unusable = False
 
     def act(self, move: standing.Move) -> None:
@@ -184,7 +185,12 @@ class Overlapping(Trainer):
         return kept.contributed
 
     def _leaves_waiting(self) -> bool:
-        self._starving = True
+        # Asked a second time since the last step, there has been nothing to train on for a while.
+        starving, self._asked_at = self._asked_at == self.inner.steps, self.inner.steps
+        return self._called_away_from(starving=starving)
+
+    def _called_away_from(self, *, starving: bool) -> bool:
+        self._starving = starving
         try:
             return self._called_away()
         finally:
@@ -212,7 +218,7 @@ class Overlapping(Trainer):
         """Wait for the outer update, which is all that the round still lacks."""
         self.kept[self.here].ahead = False
         while self.following is not None:
-            if self._leaves_waiting():
+            if self._called_away_from(starving=True):
                 return False
             if self.following is not None:
                 self._idle()

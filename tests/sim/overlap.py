@@ -43,6 +43,7 @@ class Overlapping(Trainer):
         self.batches = job.rounds.samples_between_updates
         self.ahead = 0  # batches since the push
         self._starving = False
+        self._asked_at = (0, 0)
         self._unusable = False
 
     async def act(self, move: standing.Move) -> None:
@@ -153,7 +154,11 @@ class Overlapping(Trainer):
         return kept.contributed
 
     async def _leaves_waiting(self) -> bool:
-        self._starving = True
+        starving, self._asked_at = self._asked_at == (self.here, self.ahead), (self.here, self.ahead)
+        return await self._called_away_from(starving=starving)
+
+    async def _called_away_from(self, *, starving: bool) -> bool:
+        self._starving = starving
         try:
             return await self._called_away()
         finally:
@@ -179,7 +184,7 @@ class Overlapping(Trainer):
     async def _has_base(self, round_: int) -> bool:
         self.kept[self.here].ahead = False
         while self.following is not None:
-            if await self._leaves_waiting():
+            if await self._called_away_from(starving=True):
                 return False
             if self.following is not None:
                 await self._idle()

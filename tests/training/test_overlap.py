@@ -7,7 +7,7 @@ from hypha.protocol.bridge import BaseReady, NoSamples, SendRebase, SendRefused,
 from hypha.protocol.compression import Compression
 from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import InnerOptimizer, Rounds
-from hypha.training import models, outer, tensors
+from hypha.training import batches, models, outer, tensors
 from hypha.training.batches import Rows
 from hypha.training.inner import InnerLoop
 from tests.training.running import finish, start_server, start_workers
@@ -40,9 +40,9 @@ class Ahead(SameRows):
         self.changed.notify_all()
         return answer
 
-    def has_done(self, batches):
+    def has_done(self, count):
         """Whether every worker has done so many batches of the round after the open one."""
-        return all(self.done(machine) >= batches for machine in self.workers)
+        return all(self.done(machine) >= count for machine in self.workers)
 
     def done(self, machine):
         said = [one for one in machine.reports if isinstance(one, TrainProgress) and one.round == self.round + 1]
@@ -90,7 +90,8 @@ def slowly(spec, slice_path, rounds):
 
 
 @pytest.mark.parametrize(("fragments", "mixing"), [(2, 1.0), (2, 0.5), (1, 0.5)])
-def test_an_update_at_the_next_synchronisation_does_what_the_slow_loop_does(tmp_path, fragments, mixing):
+def test_an_update_at_the_next_synchronisation_does_what_the_slow_loop_does(tmp_path, monkeypatch, fragments, mixing):
+    monkeypatch.setattr(batches, "POLL_S", 30.0)  # nobody is taken to starve
     rounds = Rounds(updates=5, samples_between_updates=64, max_batch_size=8)
     streaming = streamed(fragments, overlap_steps=BATCHES, mixing=mixing)
     spec = job_spec(streaming=streaming, rounds=rounds)
@@ -99,7 +100,8 @@ def test_an_update_at_the_next_synchronisation_does_what_the_slow_loop_does(tmp_
     assert [batches_before(job.workers[0], round_) for round_ in (2, 3, 4, 5)] == [BATCHES] * 4
 
 
-def test_an_update_that_is_here_waits_for_its_steps(tmp_path):
+def test_an_update_that_is_here_waits_for_its_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "POLL_S", 30.0)
     rounds = Rounds(updates=4, samples_between_updates=64, max_batch_size=8)
     job = ran(tmp_path / "job", job_spec(streaming=streamed(overlap_steps=2), rounds=rounds), Ahead)
     for machine in job.workers:
@@ -182,12 +184,21 @@ def test_a_round_that_is_lost_after_it_was_joined_is_sent_again_and_the_next_beg
 
 def test_without_samples_ahead_an_update_is_applied_at_once(tmp_path):
     class Starving(Ahead):
-        """No more is granted ahead of a base than the first batches."""
+        """No more is granted ahead of a base than the first batches; only then is the round before merged."""
+
+        starved = 0
 
         def grant(self, machine, round_, wanted):
             if round_ > self.round and self.done(machine):
+                self.starved = round_
+                self.changed.notify_all()
                 assert self.changed.wait_for(lambda: round_ in dict(stood_on(machine)), 30)
             return super().grant(machine, round_, 8)
+
+        def judged(self, report):
+            last = self.round == self.spec.rounds.updates
+            assert last or self.changed.wait_for(lambda: self.starved > self.round, 30)
+            super().judged(report)
 
     job = ran(tmp_path / "job", job_spec(streaming=streamed(overlap_steps=BATCHES)), Starving, workers=1)
     assert all(1 <= batches_before(job.workers[0], round_) < BATCHES for round_ in (2, 3))
