@@ -70,7 +70,7 @@ def disk_of_one_mebibyte():
 
 
 def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path, disk_of_one_mebibyte):
-    shapes = {name: (1 << 16,) for name in "abcdefgh"}  # two MiB, of which the thread behind writes one
+    shapes = dict.fromkeys("abcdefgh", (1 << 16,))  # two MiB, of which the thread behind writes one
     with pytest.raises(StoreError, match=r"m\.safetensors: File too large"):
         tensors.save(tmp_path / "m.safetensors", {name: torch.ones(shape) for name, shape in shapes.items()})
     assert [path.name for path in tmp_path.iterdir()] == []
