@@ -27,7 +27,7 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from hypha.network.patches import FOREIGN
-from hypha.network.yamux_stream import FRAME_BYTES_MAX, YamuxStream
+from hypha.network.yamux_stream import WINDOW_BYTES, YamuxStream
 from hypha.runtime import Runtime
 from hypha.telemetry import get_logger, metrics
 
@@ -39,6 +39,8 @@ CIRCUITS_PER_NODE_MAX = 64
 RESERVATIONS_MAX = 1024
 # A reservation is renewed at half its time, and asked for again so soon after a refusal.
 RENEW_SHARE = 0.5
+# A gateway whose clock is set forward forgets its places; that must not last.
+RENEW_MAX_S = 300.0
 RETRY_S = 10.0
 RESERVE_S = 10.0
 
@@ -62,7 +64,7 @@ class _Protocol(CircuitV2Protocol):
         metrics.RELAY_CIRCUITS.add(0.5)
         try:
             with trio.move_on_after(patience_s):
-                while budget[0] > 0 and (chunk := await source.receive_chunk(FRAME_BYTES_MAX)):
+                while budget[0] > 0 and (chunk := await source.receive_chunk(WINDOW_BYTES)):
                     budget[0] -= len(chunk)
                     metrics.RELAY_BYTES.add(len(chunk))
                     await target.write(chunk)
@@ -119,7 +121,7 @@ class Relay:
                 if await self._reserve(gateway):
                     self._places[gateway] = address
                     lasts_s = self._transport._reservations[gateway] - time.time()
-                    await self._runtime.sleep(max(RETRY_S, lasts_s * RENEW_SHARE))
+                    await self._runtime.sleep(min(max(RETRY_S, lasts_s * RENEW_SHARE), RENEW_MAX_S))
                 else:
                     self._places.pop(gateway, None)
                     await self._runtime.sleep(RETRY_S * (0.5 + self._runtime.random.random()))
