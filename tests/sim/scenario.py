@@ -95,6 +95,4 @@ def draw(seed: int) -> Scenario:
         paces=tuple(chance.choice((0.15, 0.3, 0.3, 0.7)) for _ in range(8)),
         profile=flavours.profile(flavour, chance),
         faults=flavours.faults(flavour, chance, ttl_s=ttl_s),
-        fragments=chance.choice((1, 2, 3)),
-        overlap=chance.choice((0, 0, 1, 2)),
     )
