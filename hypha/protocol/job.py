@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from hypha.protocol.compression import Compression
+from hypha.protocol.shards import SHARDS_MAX
 
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
@@ -153,5 +154,7 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     outer: OuterOptimizer
     rounds: Rounds
     preprocessor: PreprocessorSpec | None = None
-    resume: ResumePoint | None = None
+    resume: ResumePoint | None = None  # of the shard
+    shards: Annotated[int, Meta(ge=1, le=SHARDS_MAX)] = 1  # parameter servers that share the model
+    shard: Annotated[int, Meta(ge=0, lt=SHARDS_MAX)] = 0  # which of them this job is for; trainers work with all
     compression: Compression = Compression()

@@ -28,7 +28,6 @@ from hypha.telemetry import get_logger, span
 
 log = get_logger("scheduler")
 
-PARAMETER_SERVERS = 1
 # After the start, workers that are missing are asked for again no more often than this.
 RETRY_MAX_S = 30.0
 # A worker that comes meanwhile is asked this soon: who is connected is looked at, nobody announces it.
@@ -48,7 +47,7 @@ class Crew:
         coordinator: Coordinator,
         table: SchedulerTable,
         standing: Standing,
-        spec: Callable[[str], JobSpec],
+        spec: Callable[[str, int], JobSpec],
     ) -> None:
         self._network = network
         self._runtime = runtime
@@ -91,7 +90,7 @@ class Crew:
     def _can_start(self) -> bool:
         live = self._pool.live()
         trainers = sum(worker.work == "train" for worker in live)
-        return trainers >= self._resources.fewest and len(live) - trainers >= PARAMETER_SERVERS
+        return trainers >= self._resources.fewest and len(live) - trainers >= self._resources.parameter_servers
 
     def _connected(self) -> frozenset[str]:
         return frozenset(peer.peer_id for peer in self._network.connected_peers() if "worker" in peer.roles)
@@ -114,7 +113,7 @@ class Crew:
     def _missing(self) -> list[Wanted]:
         """Return what to ask for: the difference between who is wanted and who is leased."""
         resources, live = self._resources, self._pool.live()
-        servers = PARAMETER_SERVERS - sum(worker.work == "aggregate" for worker in live)
+        servers = resources.parameter_servers - sum(worker.work == "aggregate" for worker in live)
         trainers = resources.workers - sum(worker.work == "train" for worker in live)
         asks = []
         if trainers > 0:
@@ -160,8 +159,15 @@ class Crew:
 
         async with trio.open_nursery() as nursery:
             for worker in allocation.workers:
+                if worker.work == "aggregate":
+                    self._job.shards[worker.member] = self._free_shard()
                 nursery.start_soon(employ, worker)
         return "; ".join(reasons)
+
+    def _free_shard(self) -> int:
+        """Return the first shard that no living lease is for."""
+        taken = {self._job.shards.get(worker.member) for worker in self._pool.live()}
+        return next((shard for shard in range(self._resources.parameter_servers) if shard not in taken), 0)
 
     # --- more than are wanted -------------------------------------------------------------------------------------
 
@@ -203,6 +209,7 @@ class Crew:
             addresses=worker.addresses,
             resources=worker.held.resources,
             ttl_s=worker.held.ttl_s,
+            shard=self._job.shards.get(member, 0),
         )
         try:
             await self._job.scribe.note(held)
@@ -224,6 +231,7 @@ class Crew:
     async def adopt(self, leases: Sequence[LeaseHeld]) -> None:
         """Try every lease that the journal has, once and all at once; what answers goes on with the job."""
         self._job.trying.update(held.member for held in leases)
+        self._job.shards.update((held.member, held.shard) for held in leases if held.work == "aggregate")
         async with trio.open_nursery() as nursery:
             for held in leases:
                 nursery.start_soon(self._adopt, held)
@@ -264,10 +272,10 @@ class Crew:
         """Hand the job over; returns why not, or None."""
         if worker.work == "aggregate":
             # Its first state is the last commit's, and that must not be overtaken while it restores it.
-            while self._job.book.uncommitted is not None and not self._job.book.servers:
+            while self._job.book.uncommitted is not None:
                 await self._job.changed()
         try:
-            spec = await self._runtime.run_blocking(self._spec, worker.work)
+            spec = await self._runtime.run_blocking(self._spec, worker.work, self._job.shards.get(worker.member, 0))
         except StoreError as error:
             return f"nothing to start from: {error}"
         with span("dispatch", worker=worker.member.peer_id, work=worker.work):

@@ -5,6 +5,7 @@ dataset found ─▶ store opened, job epoch begun ─▶ workers leased ─▶ 
 
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from hashlib import sha256
 
 import msgspec
 import trio
@@ -21,6 +22,7 @@ from hypha.protocol.job import DatasetRef, JobSpec
 from hypha.protocol.manifest import ChainState
 from hypha.protocol.messages import CancelJob, SliceRef
 from hypha.protocol.rounds import RoundBook, Terms
+from hypha.protocol.shards import whole_digest
 from hypha.runtime import RealRuntime, Runtime
 from hypha.scheduler.allocator import Allocator
 from hypha.scheduler.answers import Answers
@@ -34,6 +36,7 @@ from hypha.scheduler.place import Place, await_turn, open_place
 from hypha.scheduler.pool import LeasedWorker, Pool
 from hypha.scheduler.standing import Standing
 from hypha.scheduler.store import JobStore, Remembered, open_store
+from hypha.scheduler.whole import whole_model
 from hypha.telemetry import get_logger, metrics
 
 log = get_logger("scheduler")
@@ -105,6 +108,7 @@ class Scheduler:
                 manifest_digest=dataset.ref.manifest_digest,
                 slices=dataset.slices,
                 model=self._job.model,
+                shards=self._job.resources.parameter_servers,
             )
             store = await self._runtime.run_blocking(held.enter_context, opening)
             await self._run_job(store, dataset)
@@ -165,6 +169,7 @@ class Scheduler:
             chain=chain,
             table=await runtime.run_blocking(store.table, remembered),
             now=runtime.now(),
+            sha256=sha256,
             excluded=remembered.excluded,
             awaited=(held.member for held in remembered.leases if held.work == "train"),
         )
@@ -190,6 +195,7 @@ class Scheduler:
             quorum=rounds.quorum,
             deadline_s=rounds.deadline_s,
             fewest=self._job.resources.min_workers or 0,
+            shards=self._job.resources.parameter_servers,
         )
 
     def _coordinator(self, book: RoundBook, store: JobStore, pool: Pool, epoch: int) -> Coordinator:
@@ -233,8 +239,8 @@ class Scheduler:
             retry_s=self._table.retry_s,
         )
 
-        def spec(work: str) -> JobSpec:
-            return self._spec(job_id, work, dataset.ref, store)
+        def spec(work: str, shard: int) -> JobSpec:
+            return self._spec(job_id, work, dataset.ref, store, shard)
 
         return Crew(
             self._network,
@@ -247,7 +253,7 @@ class Scheduler:
             spec=spec,
         )
 
-    def _spec(self, job_id: str, work: str, dataset: DatasetRef, store: JobStore) -> JobSpec:
+    def _spec(self, job_id: str, work: str, dataset: DatasetRef, store: JobStore, shard: int = 0) -> JobSpec:
         job = self._job
         return JobSpec(
             job_id=job_id,
@@ -260,7 +266,9 @@ class Scheduler:
             outer=job.outer_optimizer,
             compression=job.compression,
             rounds=job.rounds,
-            resume=store.resume_point() if work == "aggregate" else None,
+            resume=store.resume_point(shard) if work == "aggregate" else None,
+            shards=job.resources.parameter_servers,
+            shard=shard,
         )
 
     async def _lead(self, coordinator: Coordinator, crew: Crew, pool: Pool, remembered: Remembered) -> None:
@@ -313,7 +321,7 @@ class Scheduler:
         state = store.state
         assert state.model_digest is not None, "a job has at least one round"
         scratch = self._place.directory
-        model = await self._runtime.run_blocking(store.find, "model", state.round, state.model_digest, scratch)
+        model = await self._runtime.run_blocking(whole_model, store, scratch)
         spec = self._spec(store.opened.job_id, "train", dataset.ref, store)
         job_file = scratch / "job.json"
         await self._runtime.run_blocking(job_file.write_bytes, msgspec.json.encode(spec))
@@ -323,8 +331,8 @@ class Scheduler:
             rounds=state.round,
             samples=state.samples,
             wall_s=round(self._runtime.now() - self._started, 2),
-            model_file=str(model or ""),
-            model_digest=state.model_digest,
+            model_file=str(model.path or ""),
+            model_digest=model.digest,
             job_file=str(job_file),
             held_out=coordinator.progress.held_out.get(state.round),
         )
@@ -332,10 +340,18 @@ class Scheduler:
 
 def _start(store: JobStore) -> ChainState:
     """Return where the chain ends; before its first round, with the initial model that was stored, if one was."""
-    state, resume = store.state, store.resume_point()
-    if state.round or resume is None:
+    state = store.state
+    points = [store.resume_point(shard) for shard in range(store.shards)]
+    found = [point for point in points if point is not None]
+    if state.round or len(found) < store.shards:
         return state
-    return msgspec.structs.replace(state, model_digest=resume.model_digest, momentum_digest=resume.momentum_digest)
+    models = tuple(point.model_digest for point in found)
+    return msgspec.structs.replace(
+        state,
+        models=models,
+        momenta=tuple(point.momentum_digest for point in found),
+        model_digest=whole_digest(models, sha256),
+    )
 
 
 async def _cancellable(work: Callable[[], Awaitable[None]], *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:

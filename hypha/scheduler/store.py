@@ -4,6 +4,7 @@
 {checkpoint_url or state_dir}/{job}/chain/…    the commit points
                               …/record/…       merged pseudo-gradients, one per round
                               …/model, momentum/…   checkpoints
+                              …/record-1/… …    the same of the other shards, where several servers share the model
 
 Calls that touch the journal come one at a time (`scribe`), and so do those that touch the chain (`committer`); the two
 may overlap, and artifacts may be read beside both.
@@ -11,6 +12,7 @@ may overlap, and artifacts may be read beside both.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from msgspec import Struct
 
 from hypha.errors import ConfigError, RemoteProtocolError, StoreError
 from hypha.protocol import manifest
+from hypha.protocol.closing import whole_merged
 from hypha.protocol.job import ModelSpec, ResumePoint
 from hypha.protocol.manifest import AnyEntry, ChainState, Found
 from hypha.protocol.messages import Contribution, Member, Merged, SliceRef
+from hypha.protocol.shards import kind_of
 from hypha.protocol.slices import Grant, SliceTable
 from hypha.protocol.tally import Exclude
 from hypha.scheduler.config import CheckpointConfig
@@ -55,33 +59,47 @@ class JobStore:
     """One job's chain, artifacts and journal; opened by `open_store`, used by one scheduler at a time."""
 
     def __init__(
-        self, opened: JobOpened, journal: Journal[Any], objects: ObjectStore, slices: Sequence[SliceRef]
+        self,
+        opened: JobOpened,
+        journal: Journal[Any],
+        objects: ObjectStore,
+        slices: Sequence[SliceRef],
+        shards: int = 1,
     ) -> None:
         self.opened = opened
         self.slices = tuple(slices)
+        self.shards = shards
         self.blobs = Blobs(objects)
         self._journal = journal
         self._links = Chain(objects)
         self._chain = manifest.Chain(opened.job_id, slices)
-        self._merged: dict[int, Merged] = {}
+        self._merged: dict[int, tuple[Merged, ...]] = {}  # by round, then by shard
         self._leases: dict[Member, LeaseHeld] = {}
         self._live: list[Record] = []
         self.state: ChainState = self._chain.state  # replaced whole, so that any thread may look
 
     def load(self) -> Remembered:
-        """Replay chain and journal. Raises StoreError for a chain that is damaged or another job's."""
+        """Replay chain and journal.
+
+        Raises StoreError for a chain that is damaged or another job's, ConfigError for one of other shards.
+        """
         self._chain = manifest.Chain(self.opened.job_id, self.slices)
         for link in self._links.load():
             try:
                 self._take(link.digest, manifest.from_bytes(link.payload))
             except RemoteProtocolError as error:
                 raise StoreError(f"chain: {error}") from error
+        if self.state.job_epoch and self.state.shards != self.shards:
+            raise ConfigError(
+                f"scheduler.job.resources.parameter_servers: the job was begun with {self.state.shards}, "
+                f"not {self.shards}; name the job differently, or start it over with --fresh"
+            )
         return self._remember(self._journal.records)
 
     def _take(self, digest: str, entry: AnyEntry) -> None:
         self._chain.append(digest, entry)
         if isinstance(entry, manifest.RoundCommitted):
-            self._merged[entry.merged.round] = entry.merged
+            self._merged[entry.merged.round] = entry.shards
         self.state = self._chain.state
 
     def _remember(self, records: Sequence[Record]) -> Remembered:
@@ -135,7 +153,7 @@ class JobStore:
 
     def begin_epoch(self, *, scheduler: str, nonce: str) -> int:
         """Take the job over and return the new job epoch. Raises Deposed when somebody else was faster."""
-        entry = self._chain.epoch_entry(scheduler=scheduler, nonce=nonce)
+        entry = self._chain.epoch_entry(scheduler=scheduler, nonce=nonce, shards=self.shards)
         self._append(entry)
         return entry.job_epoch
 
@@ -152,10 +170,11 @@ class JobStore:
         self._append(entry)
 
     def round_entry(
-        self, merged: Merged, contributions: Sequence[Contribution], *, job_epoch: int, nonce: str
+        self, merged: Sequence[Merged], contributions: Sequence[Contribution], *, job_epoch: int, nonce: str
     ) -> manifest.RoundCommitted:
-        """Return the entry that would commit this outcome now."""
-        return self._chain.round_entry(merged, contributions, job_epoch=job_epoch, nonce=nonce)
+        """Return the entry that would commit this outcome, `merged` by shard, now."""
+        whole, parts = whole_merged(merged, sha256), merged if len(merged) > 1 else ()
+        return self._chain.round_entry(whole, contributions, job_epoch=job_epoch, nonce=nonce, parts=parts)
 
     def _append(self, entry: AnyEntry) -> None:
         payload = manifest.to_bytes(entry)
@@ -172,17 +191,18 @@ class JobStore:
 
     # --- artifacts ------------------------------------------------------------------------------------------------
 
-    def resume_point(self) -> ResumePoint | None:
-        """Return the newest sound checkpoint and the records from there to the last commit; None before there is one.
+    def resume_point(self, shard: int = 0) -> ResumePoint | None:
+        """Return a shard's newest sound checkpoint and its records from there to the last commit; None before one.
 
         Each file is read whole and checked: a damaged checkpoint is said, and the one before it used. Raises StoreError
         where none leads to the last committed round.
         """
         state, faults = self.state, []
-        for model, momentum in self._checkpoints(state.round):
-            records = state.records[model.round :]
+        for model, momentum in self._checkpoints(state.round, shard):
+            later = range(model.round + 1, state.round + 1)
+            records = tuple(self._merged[made_in][shard].record_digest for made_in in later)
             try:
-                self._verify(model, momentum, records)
+                self._verify(model, momentum, records, shard)
             except StoreError as error:
                 faults.append(f"round {model.round}: {error}")
                 log.warn("Checkpoint unusable, an older one is tried", round=model.round, reason=str(error))
@@ -195,12 +215,13 @@ class JobStore:
             raise StoreError(f"no checkpoint leads to the committed round {state.round}: {why}")
         return None
 
-    def _checkpoints(self, committed: int) -> list[tuple[Artifact, Artifact]]:
+    def _checkpoints(self, committed: int, shard: int) -> list[tuple[Artifact, Artifact]]:
         """Model and momentum of committed rounds, newest first. Rounds that were lost may have left others."""
-        momenta = {(a.round, a.digest): a for a in self.blobs.artifacts("momentum")}
+        momenta = {(a.round, a.digest): a for a in self.blobs.artifacts(kind_of("momentum", shard))}
         found = []
-        for model in self.blobs.artifacts("model"):
-            merged = self._merged.get(model.round)
+        for model in self.blobs.artifacts(kind_of("model", shard)):
+            made = self._merged.get(model.round)
+            merged = made[shard] if made is not None else None
             if model.round == 0:
                 momentum = next((a for (round_made, _), a in sorted(momenta.items()) if round_made == 0), None)
             elif merged is None or merged.model_digest != model.digest or model.round > committed:
@@ -211,11 +232,11 @@ class JobStore:
                 found.append((model, momentum))
         return sorted(found, reverse=True)
 
-    def _verify(self, model: Artifact, momentum: Artifact, records: Sequence[str]) -> None:
+    def _verify(self, model: Artifact, momentum: Artifact, records: Sequence[str], shard: int) -> None:
         self.blobs.verify(model)
         self.blobs.verify(momentum)
         for number, digest in enumerate(records, start=model.round + 1):
-            self.blobs.verify(Artifact(kind="record", round=number, digest=digest))
+            self.blobs.verify(Artifact(kind=kind_of("record", shard), round=number, digest=digest))
 
     def put(self, kind: str, round_made: int, digest: str, source: Path) -> None:
         """Store a copy of a file under its digest."""
@@ -237,7 +258,8 @@ class JobStore:
 
     def prune(self, checkpoint: CheckpointConfig) -> int:
         """Remove what no resume needs; returns how many artifacts went."""
-        return len(self.blobs.prune(Retention(keep_last=checkpoint.keep, keep_every=checkpoint.keep_every)))
+        retention = Retention(keep_last=checkpoint.keep, keep_every=checkpoint.keep_every)
+        return sum(len(self.blobs.prune(retention, shard)) for shard in range(self.shards))
 
 
 def _round_of(record: Record) -> int:
@@ -260,6 +282,7 @@ def open_store(
     manifest_digest: str,
     slices: Sequence[SliceRef],
     model: ModelSpec,
+    shards: int = 1,
 ) -> Iterator[JobStore]:
     """Open or begin the store of the job called `name`, alone. `job_id` is used when there is none yet.
 
@@ -274,7 +297,7 @@ def open_store(
         _insist_same(opened, mine, name)
         if journal.cut_bytes:
             log.warn("The journal's end was torn: what had not been acknowledged is dropped", bytes=journal.cut_bytes)
-        yield JobStore(opened, journal, objects, slices)
+        yield JobStore(opened, journal, objects, slices, shards)
 
 
 def _begun(objects: ObjectStore) -> str | None:

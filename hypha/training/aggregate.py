@@ -7,16 +7,17 @@
 
 Two states exist at most: the committed one, and the outcome of the newest close of the round after it. Files of a round
 stay until the next one is committed, because late workers may still ask for them. Evaluation has a thread of its own.
+Where several servers share the model, each does all this with its own tensors; the first evaluates the whole.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from hypha.errors import JobFailed, RemoteProtocolError
+from hypha.errors import JobFailed, LocalProtocolError, RemoteProtocolError
 from hypha.protocol.bridge import (
     Event,
     FetchResume,
@@ -33,6 +34,7 @@ from hypha.protocol.bridge import (
     Stop,
 )
 from hypha.protocol.job import JobSpec
+from hypha.protocol.shards import split
 from hypha.telemetry import get_logger, span_from
 from hypha.training import coded, executor, models, outer, tensors
 from hypha.training.evaluate import Evaluator
@@ -175,14 +177,24 @@ class Aggregator:
 
 
 def initial_state(session: Session, job: JobSpec, work_dir: Path) -> State:
-    """Model and momentum to begin with: the job's initial weights, or committed state with its records replayed."""
+    """Its shard of model and momentum to begin with: initial weights, or committed state with its records replayed."""
     if job.resume is not None:
         return resumed_state(session, job, work_dir)
     model = models.build(job.model, source=fetch_source(session, job))
-    parameters = models.parameters_of(model)
+    parameters = share_of(job, models.parameters_of(model))
     theta = tensors.save(work_dir / "model-0-0.safetensors", parameters)
     momentum = outer.zeros(work_dir / "momentum-0-0.safetensors", tensors.shapes_of(parameters))
     return State(0, theta.ref(work_dir), momentum.ref(work_dir))
+
+
+def share_of(job: JobSpec, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of this server's shard. Raises JobFailed: there are fewer tensors than servers."""
+    sizes = {name: tensor.numel() * torch.float32.itemsize for name, tensor in parameters.items()}
+    try:
+        names = split(sizes, job.shards)[job.shard]
+    except LocalProtocolError as error:
+        raise JobFailed(str(error)) from error
+    return {name: parameters[name] for name in names}
 
 
 def resumed_state(session: Session, job: JobSpec, work_dir: Path) -> State:

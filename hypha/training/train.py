@@ -6,16 +6,17 @@
                               └── UpdateArrived: θ ← θ_base − U ◀── wait
 
 What to do next is decided by hypha.training.standing. For every round not yet committed the executor keeps the base (a
-file), its inner state from the round's beginning, and its update: so it can go back and send that again. Beside the
-base lies what coding earlier updates lost (hypha.training.outer), and what coding this round's will have lost.
+file for each shard), its inner state from the round's beginning, and its update: so it can go back and send that
+again. Beside the base lies what coding earlier updates lost (hypha.training.outer), and what coding this one's lost.
 """
 
 import hashlib
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -67,7 +68,7 @@ REFUSALS_MAX = 5
 class Kept:
     """One uncommitted round as this executor has it."""
 
-    base: Path
+    base: tuple[Path, ...]  # by shard
     digest: str
     inner: Inner  # at the round's beginning
     update: SendUpdate | None = None
@@ -75,8 +76,8 @@ class Kept:
     begun: bool = False  # inner steps were taken on it
     requests: int = 0  # FetchSamples made so far
     refusals: int = 0
-    owed: Path | None = None  # what codings before this round lost
-    lost: Path | None = None  # what will be owed once this round's update was accepted
+    owed: tuple[Path, ...] = ()  # what codings before this round lost, by shard
+    lost: tuple[Path, ...] = ()  # what will be owed once this round's update was accepted
 
 
 class Trainer:
@@ -122,22 +123,27 @@ class Trainer:
             raise RemoteProtocolError(f"worker answered FetchBase with {type(fetched).__name__}")
         self._listen()
         self.outlook.forget_updates_from(fetched.round)
-        self._stand(fetched.round, self.work_dir / fetched.file.path, fetched.file.digest)
+        self._stand(fetched.round, tuple(self.work_dir / file.path for file in fetched.files), fetched.digest)
 
     def apply(self, arrived: UpdateArrived) -> None:
         """Stand on θ_base − U, if that is what the parameter server says it is; else on what it holds."""
-        base, update = self.kept[arrived.round].base, self.work_dir / arrived.file.path
-        result = self.work_dir / f"model-{arrived.round}-{arrived.close}-{arrived.model_digest[:8]}.safetensors"
+        bases, updates = self.kept[arrived.round].base, [self.work_dir / file.path for file in arrived.files]
+        name = f"model-{arrived.round}-{arrived.close}"
+        results = [self.work_dir / f"{name}-{part[:8]}.safetensors" for part in arrived.parts]
         with span_from(arrived.traceparent, "outer_update", round=arrived.round, close=arrived.close) as span:
             del self.outlook.updates[arrived.round]
             try:
-                written = outer.subtract(result, base, update, coding=self.job.compression.downward)
-                update.unlink(missing_ok=True)
+                coding = self.job.compression.downward
+                written = [
+                    outer.subtract(result, base, update, coding=coding)
+                    for result, base, update in zip(results, bases, updates, strict=True)
+                ]
+                _remove(updates)
             except RemoteProtocolError as error:
                 span.fail(error)
                 log.warn("Outer update is unusable, fetching the model", round=arrived.round, reason=str(error))
                 return self.fetch_base()
-            if written.digest != arrived.model_digest:
+            if tuple(each.digest for each in written) != arrived.parts:
                 log.warn("Outer update leads elsewhere, fetching the model", round=arrived.round)
                 return self.fetch_base()
             # A close of an earlier round is applied to the state that followed that round's inner steps.
@@ -145,7 +151,7 @@ class Trainer:
             if after is not None:
                 self.inner.restore(after.inner)
             self._committed(arrived.round - 1)
-            return self._stand(arrived.round + 1, written.path, written.digest)
+            return self._stand(arrived.round + 1, tuple(results), arrived.model_digest)
 
     def go_back(self, round_: int) -> None:
         """Stand on a kept base again: its round is open again, and what came after it is void."""
@@ -157,12 +163,12 @@ class Trainer:
             later.update, later.contributed = None, False
         kept.contributed = False
         self.outlook.forget_updates_from(round_)
-        tensors.load_into(kept.base, self.parameters)
+        tensors.load_parts(kept.base, self.parameters)
         self.here = round_
         self._ready()
 
-    def _stand(self, round_: int, base: Path, digest: str) -> None:
-        tensors.load_into(base, self.parameters)
+    def _stand(self, round_: int, base: tuple[Path, ...], digest: str) -> None:
+        tensors.load_parts(base, self.parameters)
         inner = self.inner.save(self.work_dir / f"inner-{round_}.safetensors")
         self._replace(round_, Kept(base, digest, inner, owed=self._owed(round_)))
         self.here = round_
@@ -175,29 +181,27 @@ class Trainer:
     def _replace(self, round_: int, kept: Kept) -> None:
         old = self.kept.get(round_)
         self.kept[round_] = kept
-        if old is not None and old.base != kept.base:
-            old.base.unlink(missing_ok=True)
+        if old is not None:
+            _remove(set(old.base) - set(kept.base))
 
-    def _owed(self, round_: int) -> Path | None:
+    def _owed(self, round_: int) -> tuple[Path, ...]:
         """What a round that begins now has to make good: what the last accepted update before it lost."""
         before = max((number for number in self.kept if number < round_), default=None)
         if before is None:
-            return self.kept[round_].owed if round_ in self.kept else None
+            return self.kept[round_].owed if round_ in self.kept else ()
         kept = self.kept[before]
-        return kept.lost if kept.contributed and kept.lost is not None else kept.owed
+        return kept.lost if kept.contributed and kept.lost else kept.owed
 
     def _committed(self, round_: int) -> None:
         """What was kept to undo rounds up to `round_` may go."""
         for number in [one for one in self.kept if one <= round_ and one != self.here]:
             kept = self.kept.pop(number)
-            update = None if kept.update is None else self.work_dir / kept.update.file.path
-            for path in (kept.base, kept.inner.path, update):
-                if path is not None:
-                    path.unlink(missing_ok=True)
-        needed = {path for kept in self.kept.values() for path in (kept.owed, kept.lost)}
-        for path in self.debts - needed:
-            path.unlink(missing_ok=True)
-            self.debts.discard(path)
+            update = () if kept.update is None else kept.update.files
+            inner = [] if kept.inner.path is None else [kept.inner.path]
+            _remove([*kept.base, *inner, *(self.work_dir / file.path for file in update)])
+        needed = {path for kept in self.kept.values() for path in (*kept.owed, *kept.lost)}
+        _remove(self.debts - needed)
+        self.debts &= needed
 
     # --- one round ---
 
@@ -220,7 +224,7 @@ class Trainer:
     def train_round(self, kept: Kept) -> SendUpdate | None:
         """Take inner steps until told to sync or out of samples; None when an event ends the round first."""
         if kept.begun:
-            tensors.load_into(kept.base, self.parameters)
+            tensors.load_parts(kept.base, self.parameters)
             self.inner.restore(kept.inner)
         kept.begun = True
         round_, samples_max = self.here, self.job.rounds.samples_between_updates
@@ -247,22 +251,25 @@ class Trainer:
         mean_loss = loss_sum / samples if samples else 0.0
         return self._update(kept, self._coded(kept, feed.used), feed.used, mean_loss)
 
-    def _coded(self, kept: Kept, used: Sequence[Interval]) -> FileRef:
-        """Write what the parameters have become since the base, as the job codes it."""
-        coding = self.job.compression.upward
+    def _coded(self, kept: Kept, used: Sequence[Interval]) -> tuple[FileRef, ...]:
+        """Write what the parameters have become since the base, as the job codes it, shard by shard."""
+        coding, shards = self.job.compression.upward, range(len(kept.base))
         if coding.feedback:
-            kept.lost = self.work_dir / f"lost-{self.here}.safetensors"
-            self.debts.add(kept.lost)
-        delta = outer.pseudo_gradient(
-            self.work_dir / f"update-{self.here}.safetensors",
-            kept.base,
-            self.parameters,
-            coding=coding,
-            generator=generator_of(kept.digest, used),
-            owed=kept.owed,
-            lost=kept.lost,
-        )
-        return delta.ref(self.work_dir)
+            kept.lost = tuple(self.work_dir / f"lost-{self.here}-{shard}.safetensors" for shard in shards)
+            self.debts.update(kept.lost)
+        deltas = [
+            outer.pseudo_gradient(
+                self.work_dir / f"update-{self.here}-{shard}.safetensors",
+                kept.base[shard],
+                self.parameters,
+                coding=coding,
+                generators=partial(generator_of, self.here, used),
+                owed=kept.owed[shard] if kept.owed else None,
+                lost=kept.lost[shard] if kept.lost else None,
+            )
+            for shard in shards
+        ]
+        return tuple(delta.ref(self.work_dir) for delta in deltas)
 
     def send(self, kept: Kept, update: SendUpdate) -> None:
         """Deliver an update, and take the answer to heart. Raises BridgeRefused."""
@@ -318,11 +325,11 @@ class Trainer:
             loss=loss,
         )
 
-    def _update(self, kept: Kept, file: FileRef, used: Sequence[Interval], loss: float) -> SendUpdate:
+    def _update(self, kept: Kept, files: tuple[FileRef, ...], used: Sequence[Interval], loss: float) -> SendUpdate:
         return SendUpdate(
             round=self.here,
             base_digest=kept.digest,
-            file=file,
+            files=files,
             samples=sum(interval.samples for interval in used),
             intervals=tuple(sorted(used)),
             loss=loss,
@@ -358,10 +365,15 @@ class Trainer:
         return answer
 
 
-def generator_of(base_digest: str, used: Sequence[Interval]) -> torch.Generator:
-    """Randomness of a worker's own, yet the same again: no two workers take the same samples on the same base."""
-    seed = hashlib.sha256(msgspec.json.encode((base_digest, sorted(used)))).digest()
+def generator_of(round_: int, used: Sequence[Interval], tensor: str) -> torch.Generator:
+    """Randomness of a worker's own, yet the same again: no two workers take the same samples in the same round."""
+    seed = hashlib.sha256(msgspec.json.encode((round_, sorted(used), tensor))).digest()
     return torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def work(session: Session, job: JobSpec, work_dir: Path) -> None:
