@@ -7,6 +7,7 @@ StateReady(r) ─▶ ┌─ Screen ─▶ Screened ─────────�
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from hypha.protocol.bridge import (
     EvaluationDone,
     Event,
     FetchHeldOut,
+    FetchOthers,
     FetchResume,
     FileRef,
     Merge,
     MergeDone,
     MergeFailed,
+    OthersFetched,
     ResumeFetched,
     RoundCommitted,
     Screen,
@@ -68,8 +71,9 @@ class Aggregator:
                 await self.take(event)
 
     def _initial(self) -> State:
-        model = self._write("model-0", weights.initial(self.job.model.seed))
-        return State(0, model, self._write("momentum-0", weights.zeros()))
+        mine = partial(weights.part, shard=self.job.shard, shards=self.job.shards)
+        model = self._write("model-0", mine(weights.initial(self.job.model.seed)))
+        return State(0, model, self._write("momentum-0", mine(weights.zeros())))
 
     async def _resumed(self) -> State:
         fetched = await self.line.fetch_patiently(FetchResume())
@@ -83,10 +87,11 @@ class Aggregator:
         return State(round_, model, self._write(f"momentum-{round_}-replayed", velocity))
 
     def _read(self, file: FileRef) -> weights.Vector:
-        return weights.read(self.work_dir / file.path)
+        return weights.read(self.work_dir / file.path, self.job.shard, self.job.shards)
 
     def _write(self, name: str, vector: weights.Vector) -> FileRef:
-        return weights.write(self.work_dir / f"{name}.safetensors", vector, self.work_dir)
+        path = self.work_dir / f"{name}.safetensors"
+        return weights.write(path, vector, self.work_dir, self.job.shard, self.job.shards)
 
     async def take(self, event: Event) -> None:
         """Act on one event."""
@@ -106,7 +111,7 @@ class Aggregator:
         await self.body.work(SCREEN_S)
         path = self.work_dir / event.file.path
         # Whoever sent it may have been dropped while it waited here.
-        sound = path.is_file() and bool(np.isfinite(weights.read(path)).all())
+        sound = path.is_file() and bool(np.isfinite(self._read(event.file)).all())
         await self.line.report(Screened(ticket=event.ticket, refusal=None if sound else "it is not finite"))
 
     async def merge(self, event: Merge) -> None:
@@ -160,12 +165,18 @@ class Aggregator:
 
     def _evaluate(self, round_: int, digest: str) -> None:
         every = self.job.rounds.evaluate_every
-        if every and (round_ % every == 0 or round_ == self.job.rounds.updates):
+        if every and self.job.shard == 0 and (round_ % every == 0 or round_ == self.job.rounds.updates):
             self.body.nursery.start_soon(self._evaluation, round_, digest)
 
     async def _evaluation(self, round_: int, digest: str) -> None:
         try:
             await self.line.fetch_patiently(FetchHeldOut(), leave=lambda: self.over)
+            if self.job.shards > 1:
+                request = FetchOthers(round=round_, digest=digest)
+                others = await self.line.fetch_patiently(request, leave=lambda: self.over)
+                assert isinstance(others, OthersFetched)
+                for file in others.files:
+                    (self.work_dir / file.path).unlink()
         except BridgeRefused as refusal:
             self.body.note(f"no evaluation: {refusal}")
             return

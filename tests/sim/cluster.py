@@ -70,7 +70,7 @@ class Cluster:
         self._add(GatewayMachine, "gateway-0")
         for number in range(scenario.data_nodes):
             self._add(DataMachine, f"data-{number}").dataset = files
-        for number in range(scenario.trainers + 1 + scenario.spares):
+        for number in range(scenario.trainers + scenario.parameter_servers + scenario.spares):
             worker = self._add(WorkerMachine, f"worker-{number}")
             worker.ttl_s, worker.chronicle = scenario.ttl_s, self.chronicle
             if number < len(scenario.paces):
@@ -102,6 +102,7 @@ class Cluster:
             resources=JobResources(
                 workers=scenario.trainers,
                 min_workers=1,
+                parameter_servers=scenario.parameter_servers,
                 executor="sim",
                 worker=Resources(cpu=1.0),
                 parameter_server=Resources(cpu=1.0),

@@ -29,6 +29,7 @@ from hypha.protocol.messages import (
     SliceGrant,
     SliceRequest,
 )
+from hypha.protocol.shards import kind_of
 from hypha.scheduler.coordinator import Coordinator
 from hypha.store.blobs import Artifact
 from hypha.store.chain import Chain
@@ -58,7 +59,12 @@ class Invariants:
         from tests.sim.cluster import MODEL_SEED, OUTER
 
         self._cluster = cluster
-        self._reference = Reference(seed=MODEL_SEED, sizes=cluster.scenario.slices, outer=OUTER)
+        self._reference = Reference(
+            seed=MODEL_SEED,
+            sizes=cluster.scenario.slices,
+            outer=OUTER,
+            shards=cluster.scenario.parameter_servers,
+        )
         self._chain = Chain(cluster.scheduler.objects)
         self._rounds_told = 0
         self._members: dict[tuple[int, int], set[Member]] = {}  # by (job epoch, round): in any view of it
@@ -66,7 +72,7 @@ class Invariants:
         self._dead_since: dict[str, float] = {}
         self._heard: dict[str, float] = {}
         self._committed: dict[int, str] = {}
-        self._merged: dict[int, str] = {}
+        self._merged: dict[tuple[int, str], str] = {}  # by close and lease
         self._seen_view: dict[str, tuple[int, int]] = {}
         self._situations: Counter[str] = Counter()
 
@@ -191,7 +197,7 @@ class Invariants:
 
     def _look_at_merge(self, request: CloseRound, answer: Message) -> None:
         if isinstance(answer, Merged):
-            known = self._merged.setdefault(request.close, answer.model_digest)
+            known = self._merged.setdefault((request.close, request.lease_id), answer.model_digest)
             if known != answer.model_digest:
                 raise Broken(
                     "L5 the same close, the same merge", f"close {request.close} was merged twice, differently"
@@ -226,9 +232,11 @@ class Invariants:
             raise Broken("the job finishes", f"{reference.round} of {scenario.rounds} rounds are in the chain")
         if scenario.flavour == "calm" and self._cluster.chronicle.warnings:
             raise Broken("a calm run has no warnings", self._cluster.chronicle.warnings[0])
-        final = Artifact(kind="model", round=reference.round, digest=reference.model_digest)
-        if final.name not in self._cluster.scheduler.objects.names("model"):
-            raise Broken("the final model is stored", f"{final.name} is not there")
+        for shard, digest in enumerate(reference.model_digests):
+            kind = kind_of("model", shard)
+            final = Artifact(kind=kind, round=reference.round, digest=digest)
+            if final.name not in self._cluster.scheduler.objects.names(kind):
+                raise Broken("the final model is stored", f"{final.name} is not there")
         if coordinator.book.samples != reference.samples:
             raise Broken("L6 samples", f"{coordinator.book.samples} counted, {reference.samples} in the chain")
         self._look_over_workers()

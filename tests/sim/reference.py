@@ -13,20 +13,21 @@ from tests.sim import dataset, weights
 class Reference:
     """Replays committed rounds; `round` is the newest, `samples` counts all that were used."""
 
-    def __init__(self, *, seed: int, sizes: tuple[int, ...], outer: OuterOptimizer) -> None:
+    def __init__(self, *, seed: int, sizes: tuple[int, ...], outer: OuterOptimizer, shards: int = 1) -> None:
         self.round = 0
         self.samples = 0
         self.epochs = 0
         self._sizes = sizes
         self._outer = outer
+        self._shards = shards
         self._theta = weights.initial(seed)
         self._velocity = weights.zeros()
         self._used: dict[int, set[int]] = {}
 
     @property
-    def model_digest(self) -> str:
-        """Of the model after the newest round."""
-        return weights.digest(self._theta)
+    def model_digests(self) -> tuple[str, ...]:
+        """Of the model after the newest round, by shard."""
+        return weights.digests(self._theta, self._shards)
 
     def commit(self, entry: RoundCommitted) -> list[str]:
         """Take the next round; returns every way in which it is not what it must be."""
@@ -34,21 +35,18 @@ class Reference:
         faults = []
         if merged.round != self.round + 1:
             faults.append(f"L5: round {merged.round} committed after round {self.round}")
-        if merged.base_digest != self.model_digest:
+        if tuple(each.base_digest for each in entry.shards) != self.model_digests:
             faults.append(f"L5: round {merged.round} starts from another model than round {self.round} left")
         faults += [fault for each in entry.contributions for fault in self._use(each)]
         named = [(self._delta(c), c.samples) for c in self._ordered(entry.contributions) if c.samples]
         gradient = weights.mean(named)
         self._theta, self._velocity, update = weights.step(self._theta, self._velocity, gradient, self._outer)
         self.round = merged.round
-        expected = {
-            "model": (self._theta, merged.model_digest),
-            "momentum": (self._velocity, merged.momentum_digest),
-            "record": (gradient, merged.record_digest),
-            "update": (update, merged.update_digest),
-        }
-        for part, (vector, found) in expected.items():
-            if weights.digest(vector) != found:
+        made = {"model": self._theta, "momentum": self._velocity, "record": gradient, "update": update}
+        for part, vector in made.items():
+            found = tuple(getattr(each, f"{part}_digest") for each in entry.shards)
+            whole = getattr(merged, f"{part}_digest")
+            if (found, whole) != (weights.digests(vector, self._shards), weights.digest_of_all(vector, self._shards)):
                 faults.append(f"the {part} of round {merged.round} is not what its contributions make")
         return faults
 
@@ -78,6 +76,6 @@ class Reference:
                 faults.append(f"L6: {who} used epoch {interval.epoch} before the one before it was all used")
         self.samples += contribution.samples
         self.epochs = sum(len(used) == sum(self._sizes) for used in self._used.values())
-        if weights.digest(self._delta(contribution)) != contribution.digest:
+        if weights.digest_of_all(self._delta(contribution), self._shards) != contribution.digest:
             faults.append(f"the contribution of {who} is not what its samples and base give")
         return faults

@@ -55,6 +55,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
     seed: int
     flavour: str = "calm"
     trainers: int = 3
+    parameter_servers: int = 1
     spares: int = 1
     data_nodes: int = 2
     rounds: int = 4
@@ -109,6 +110,7 @@ def draw(seed: int) -> Scenario:
         paces=tuple(chance.choice((0.15, 0.3, 0.3, 0.7)) for _ in range(8)),
         profile=_profile(flavour, chance),
         faults=_faults(flavour, chance),
+        parameter_servers=chance.choice((1, 2)),
     )
 
 

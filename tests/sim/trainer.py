@@ -19,6 +19,7 @@ from hypha.protocol.bridge import (
     FetchBase,
     Fetched,
     FetchSamples,
+    FileRef,
     Finish,
     Instruction,
     NoSamples,
@@ -156,16 +157,16 @@ class Trainer:
         self._listen()
         self.outlook.forget_updates_from(fetched.round)
         self.body.note(f"base of round {fetched.round} fetched")
-        await self._stand(fetched.round, weights.read(self.work_dir / fetched.file.path), fetched.file.digest)
+        await self._stand(fetched.round, self._read(fetched.files), fetched.digest)
 
     async def apply(self, arrived: UpdateArrived) -> None:
         """Stand on θ_base − U, if that is what the parameter server says it is; else on what it holds."""
         base = self.kept[arrived.round].base
         del self.outlook.updates[arrived.round]
-        path = self.work_dir / arrived.file.path
-        result = base - weights.read(path)
-        path.unlink()
-        if weights.digest(result) != arrived.model_digest:
+        result = base - self._read(arrived.files)
+        for file in arrived.files:
+            (self.work_dir / file.path).unlink()
+        if weights.digests(result, self.job.shards) != arrived.parts:
             self.body.note(f"update of round {arrived.round} leads elsewhere")
             return await self.fetch_base()
         self._committed(arrived.round - 1)
@@ -195,7 +196,8 @@ class Trainer:
         for number in [one for one in self.kept if one <= round_ and one != self.here]:
             update = self.kept.pop(number).update
             if update is not None:
-                (self.work_dir / update.file.path).unlink(missing_ok=True)
+                for file in update.files:
+                    (self.work_dir / file.path).unlink(missing_ok=True)
 
     # --- one round ---
 
@@ -305,15 +307,29 @@ class Trainer:
 
     def _update(self, kept: Kept, used: Sequence[Interval], samples: Sequence[int]) -> SendUpdate:
         delta = weights.pseudo_gradient(samples, kept.base)
-        file = weights.write(self.work_dir / f"update-{self.here}.safetensors", delta, self.work_dir)
+        shards = self.job.shards
+        files = [
+            weights.write(
+                self.work_dir / f"update-{self.here}-{shard}.safetensors",
+                weights.part(delta, shard, shards),
+                self.work_dir,
+                shard,
+                shards,
+            )
+            for shard in range(shards)
+        ]
         return SendUpdate(
             round=self.here,
             base_digest=kept.digest,
-            file=file,
+            files=tuple(files),
             samples=len(samples),
             intervals=tuple(sorted(used)),
             loss=1.0 if samples else 0.0,
         )
+
+    def _read(self, files: Sequence[FileRef]) -> weights.Vector:
+        found = [weights.read(self.work_dir / file.path, shard, len(files)) for shard, file in enumerate(files)]
+        return weights.join(found)
 
     # --- listening ---
 

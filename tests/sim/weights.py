@@ -3,11 +3,14 @@
     sample i ─▶ g(i) = sin((i+1)·k)          pseudo-gradient of a contribution: mean of g over its samples + θ/100
     contributions ─▶ mean by samples ─▶ Nesterov ─▶ θ', v', Δ̄, U        as hypha.training.outer, in numpy fp32
 
-Every file is canonical SafeTensors, so equal numbers have equal digests.
+Every file is canonical SafeTensors, so equal numbers have equal digests. Where parameter servers share the model each
+has a part of its own: the elements of its tensors, to which the same arithmetic is done.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +18,13 @@ import numpy.typing as npt
 
 from hypha.protocol.bridge import FileRef
 from hypha.protocol.job import OuterOptimizer
-from hypha.protocol.tensorfile import TensorSpec, layout, parse_header
+from hypha.protocol.shards import split, whole_digest
+from hypha.protocol.tensorfile import Layout, TensorSpec, layout, parse_header
 
 Vector = npt.NDArray[np.float32]  # all elements of the model, in file order
 SHAPES = {"bias": (3,), "weight": (4, 3)}
 ELEMENTS = 15
-_HEADER, _LAYOUT = layout([TensorSpec(name, "F32", shape) for name, shape in SHAPES.items()])
+_SIZES = {name: math.prod(shape) for name, shape in SHAPES.items()}
 _WAVES = 0.37 * np.arange(1, ELEMENTS + 1)
 IDS = "ids"  # the one tensor of the simulated dataset: a number for each sample
 
@@ -62,29 +66,68 @@ def step(theta: Vector, velocity: Vector, gradient: Vector, outer: OuterOptimize
     return theta - update, speed, update
 
 
-def to_bytes(vector: Vector) -> bytes:
-    """The file that holds these numbers."""
-    return _HEADER + vector.astype("<f4").tobytes()
+@cache
+def _file_of(shard: int, shards: int) -> tuple[bytes, Layout]:
+    names = split(_SIZES, shards)[shard]
+    return layout([TensorSpec(name, "F32", SHAPES[name]) for name in names])
 
 
-def digest(vector: Vector) -> str:
+def _elements(shard: int, shards: int) -> npt.NDArray[np.intp]:
+    """Where the elements of a shard lie among all, in file order."""
+    starts, at = {}, 0
+    for name in sorted(SHAPES):
+        starts[name], at = at, at + _SIZES[name]
+    names = split(_SIZES, shards)[shard]
+    return np.concatenate([np.arange(starts[name], starts[name] + _SIZES[name]) for name in names])
+
+
+def part(vector: Vector, shard: int, shards: int) -> Vector:
+    """Return a shard's elements of the whole."""
+    return vector[_elements(shard, shards)]
+
+
+def join(parts: Sequence[Vector]) -> Vector:
+    """Return the whole that consists of these shards."""
+    whole = zeros()
+    for shard, elements in enumerate(parts):
+        whole[_elements(shard, len(parts))] = elements
+    return whole
+
+
+def to_bytes(part: Vector, shard: int = 0, shards: int = 1) -> bytes:
+    """The file that holds a shard's numbers."""
+    return _file_of(shard, shards)[0] + part.astype("<f4").tobytes()
+
+
+def digest(part: Vector, shard: int = 0, shards: int = 1) -> str:
     """The digest of that file."""
-    return hashlib.sha256(to_bytes(vector)).hexdigest()
+    return hashlib.sha256(to_bytes(part, shard, shards)).hexdigest()
 
 
-def write(path: Path, vector: Vector, root: Path) -> FileRef:
-    """Write the file and return it as the bridge names it."""
-    data = to_bytes(vector)
+def digests(whole: Vector, shards: int) -> tuple[str, ...]:
+    """The digests of all shards' files."""
+    return tuple(digest(part(whole, shard, shards), shard, shards) for shard in range(shards))
+
+
+def digest_of_all(whole: Vector, shards: int) -> str:
+    """What the whole is called where so many servers share it."""
+    return whole_digest(digests(whole, shards), hashlib.sha256)
+
+
+def write(path: Path, part: Vector, root: Path, shard: int = 0, shards: int = 1) -> FileRef:
+    """Write a shard's file and return it as the bridge names it."""
+    data = to_bytes(part, shard, shards)
     path.write_bytes(data)
     return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=hashlib.sha256(data).hexdigest())
 
 
-def read(path: Path) -> Vector:
-    """Return the numbers in a file. Raises RemoteProtocolError where it is none of ours."""
+def read(path: Path, shard: int = 0, shards: int = 1) -> Vector:
+    """Return the numbers in a shard's file. Raises RemoteProtocolError where it is none of ours."""
+    _, ours = _file_of(shard, shards)
     data = path.read_bytes()
-    placed = parse_header(data[: _LAYOUT.header_bytes], file_bytes=len(data))
-    assert placed.shapes() == _LAYOUT.shapes(), f"{path.name} is another model's"
-    return np.frombuffer(data, "<f4", offset=_LAYOUT.header_bytes).astype(np.float32)
+    placed = parse_header(data[: ours.header_bytes], file_bytes=len(data))
+    assert placed.shapes() == ours.shapes(), f"{path.name} is another model's"
+    return np.frombuffer(data, "<f4", offset=ours.header_bytes).astype(np.float32)
 
 
 def slice_bytes(first: int, samples: int) -> bytes:
