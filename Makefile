@@ -21,8 +21,8 @@ check: setup ## formatting, lint, types, layers, tidiness
 test: setup ## the tests that need no network of real processes
 	$(BIN)/pytest -q --ignore=tests/e2e --ignore=tests/sim/test_seeds.py
 
-sim: setup ## whole clusters in virtual time: SEEDS=n, SEED_START=s, or SEED=k to replay one
-	$(BIN)/python -m tests.sim.main --seeds $(SEEDS) $(if $(SEED_START),--start $(SEED_START)) $(if $(SEED),--seed $(SEED))
+sim: setup ## whole clusters in virtual time: SEEDS=n, SEED_START=s, HOURS=h, or SEED=k to replay one
+	$(BIN)/python -m tests.sim.main --seeds $(SEEDS) $(if $(SEED_START),--start $(SEED_START)) $(if $(HOURS),--hours $(HOURS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 sim-mutants: setup ## defects planted in a copy of the tree, and what catches each: ARGS='--random 200'
 	$(BIN)/python -m tests.mutants.main $(ARGS)

@@ -1,4 +1,4 @@
-"""One job's tensor files between the nodes that work on it, each named by the sha256 of its bytes.
+"""One job's tensor files between the nodes that work on it, each named by the digest of its bytes.
 
     fetcher ── FetchModel(part, round, digest, offset) ──▶ holder
             ◀── FileHeader(bytes, digest) ── bytes … ──
@@ -16,6 +16,7 @@ from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError
 from hypha.network.seam import Network, Stream
 from hypha.network.transfer import partial_path, partial_size, receive_file, send_file
 from hypha.protocol.messages import FetchModel, FileHeader
+from hypha.protocol.tensorfile import DIGEST_ALGORITHM
 from hypha.runtime import Runtime
 
 
@@ -54,7 +55,7 @@ async def _fetch(
                 path,
                 size=header.bytes,
                 digest=wanted.digest,
-                algorithm="sha256",
+                algorithm=DIGEST_ALGORITHM,
                 offset=offset,
                 runtime=runtime,
             )

@@ -1,13 +1,18 @@
 """Signed gossip (gossipsub 1.2): small announcements that flood the network and may get lost.
 
-    publish ─▶ 64 KiB? ─▶ sign ─▶ mesh of 6 neighbours ─▶ validator: signed, decodable? ─▶ Topics ─▶ subscriptions
-                                                          └ no: counted, logged once per signer, goes no further
+    publish ─▶ 64 KiB? ─▶ sign ─▶ neighbours ─▶ validator: signed, decodable? ─▶ Topics ─▶ subscriptions
+                                                └ no: counted, logged once per signer, goes no further
 
-Who subscribes carries for others; a gateway always does. A publisher does not hear itself.
+    worker ◀──┐           ┌──▶ worker       a gateway passes on to every subscriber it is connected to,
+    worker ◀── gateway ◀── scheduler        everybody else to up to 6 neighbours and to every gateway
+                  └──▶ gateway ──▶ …
+
+Nodes know gateways and few others, so a mesh of a few neighbours each would leave out most of a gateway's nodes. Who
+subscribes carries for others; a gateway always does. A publisher does not hear itself.
 """
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -53,11 +58,45 @@ class _Pubsub(Pubsub):
             self.refusals.note(str(msg_forwarder), "malformed", f"gossip: {error}")
 
 
-class Gossip:
-    """A node's part in gossip. `peer_of` gives a signer's roles, as far as they are known."""
+class _Router(GossipSub):
+    """Gossipsub's mesh, and gateways besides it: they need no mesh to pass on to all who are connected to them."""
 
-    def __init__(self, host: BasicHost, topics: Topics, refusals: Refusals, peer_of: Callable[[str], Peer]) -> None:
-        self._router = GossipSub(
+    is_gateway: bool
+    gateways: Callable[[], list[ID]]
+
+    def _get_peers_to_send(
+        self, topic_ids: Iterable[str], msg_forwarder: ID, origin: ID, msg_id: bytes | None = None
+    ) -> Iterable[ID]:
+        """Return whom a message goes to now."""
+        assert self.pubsub is not None, "attached before it runs"
+        chosen = set(super()._get_peers_to_send(topic_ids, msg_forwarder, origin, msg_id))
+        gateways = () if self.is_gateway else self.gateways()
+        for topic in topic_ids:
+            subscribed = self.pubsub.peer_topics.get(topic, set())
+            chosen |= subscribed if self.is_gateway else subscribed.intersection(gateways)
+        return chosen - {msg_forwarder, origin}
+
+    async def _emit_idontwant_for_message(self, msg_id: bytes, topic_ids: Iterable[str]) -> None:
+        """Announcements are small: to say that one is not wanted costs as much as the announcement (gossipsub 1.2)."""
+
+
+class Gossip:
+    """A node's part in gossip. `peer_of` gives a signer's roles, as far as they are known; `gateways` who is connected.
+
+    With `is_gateway` this node passes on to everybody.
+    """
+
+    def __init__(
+        self,
+        host: BasicHost,
+        topics: Topics,
+        refusals: Refusals,
+        peer_of: Callable[[str], Peer],
+        *,
+        gateways: Callable[[], list[ID]],
+        is_gateway: bool,
+    ) -> None:
+        self._router = _Router(
             protocols=[PROTOCOL_ID_V12, PROTOCOL_ID_V11],
             degree=DEGREE,
             degree_low=DEGREE_LOW,
@@ -65,6 +104,7 @@ class Gossip:
             heartbeat_interval=HEARTBEAT_S,
             max_messages_per_topic_per_second=MESSAGES_PER_S_MAX,
         )
+        self._router.gateways, self._router.is_gateway = gateways, is_gateway
         self._pubsub = _Pubsub(host, self._router, strict_signing=True, max_inbound_rpc_size=RPC_BYTES_MAX)
         self._pubsub.refusals = refusals
         # Upstream counts from the second of its start: after a busy life and a restart, its messages would look seen.

@@ -110,7 +110,14 @@ class Libp2pNetwork:
         )
         self._swarm.set_stream_handler(self._on_stream)
         self._topics = Topics(self._dispatcher.refusals)
-        self._gossip = Gossip(self._host, self._topics, self._dispatcher.refusals, self._peer_named)
+        self._gossip = Gossip(
+            self._host,
+            self._topics,
+            self._dispatcher.refusals,
+            self._peer_named,
+            gateways=self._connected_gateways,
+            is_gateway=role == "gateway",
+        )
         self._dht = Dht(self._host, runtime, self._connected_gateways)
         self._relay = Relay(self._host, runtime, serves=role == "gateway")
         self._revocation = Revocation(identity, self._swarm, runtime)

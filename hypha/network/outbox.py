@@ -83,7 +83,9 @@ class Outbox:
                 breakers=self._breakers,
             )
         except Refused as refusal:
-            log.info("Message refused", kind=type(message).__name__, peer_id=key[0], reason=str(refusal))
+            # What came when its round was over was overtaken, as the last report of every round may be.
+            say = log.debug if refusal.code == "stale" else log.info
+            say("Message refused", kind=type(message).__name__, peer_id=key[0], reason=str(refusal))
             return
         except RemoteProtocolError as error:
             # A broken answer would not mend by asking again, and one broken peer must not stop the others' messages.

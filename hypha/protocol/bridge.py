@@ -31,7 +31,7 @@ class BridgeMessage(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class FileRef(Struct, frozen=True, kw_only=True):
-    """A file in the work directory with its size and sha256."""
+    """A file in the work directory with its size and digest (hypha.protocol.tensorfile)."""
 
     path: RelativePath
     bytes: Count
@@ -330,10 +330,14 @@ class GoOn(BridgeMessage, frozen=True, kw_only=True):
 
 
 class SyncAt(BridgeMessage, frozen=True, kw_only=True):
-    """Contribute once `batches` batches of round `round` are done."""
+    """Contribute once `batches` batches of round `round` are done.
+
+    `batch_size`: samples in each batch from now on, rounds to come included; None: as many as before.
+    """
 
     round: Count
     batches: Count
+    batch_size: Annotated[int, Meta(ge=1)] | None = None
 
 
 class Finish(BridgeMessage, frozen=True, kw_only=True):

@@ -41,6 +41,13 @@ class Outcome(Struct, frozen=True, kw_only=True):
         return sum(contribution.samples for contribution in self.contributions)
 
 
+class Waiting(Struct, frozen=True, kw_only=True):
+    """No Close now, and why. `replace`: leases that can add nothing to this round although all wait for it."""
+
+    reason: str
+    replace: tuple[Member, ...] = ()
+
+
 class Closing:
     """The Close that is under way, if any, and why the one before was refused."""
 

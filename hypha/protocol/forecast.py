@@ -17,6 +17,8 @@ from hypha.protocol.messages import Member
 
 # A share is fetched in about this many requests: small enough to follow a change of speed, few enough to be cheap.
 REQUESTS_PER_SHARE = 4
+# Batch times of one machine vary by so much (1/8) without meaning anything; equal machines keep equal batches.
+STEADY_SHARE = 0.125
 # A batch that takes no measurable time would make every forecast infinite.
 BATCH_S_MIN = 1e-6
 
@@ -157,4 +159,16 @@ def batch_sizes(speeds: dict[Member, float], *, batch_size_max: int) -> dict[Mem
     return {
         member: max(1, round(batch_size_max * speed / fastest)) if speed > 0 else batch_size_max
         for member, speed in speeds.items()
+    }
+
+
+def steadied(wanted: dict[Member, int], told: dict[Member, int]) -> dict[Member, int]:
+    """Return the sizes to use: those told before where what is wanted now differs by no more than an eighth of it.
+
+    Who was told nothing yet has had the most that anybody is wanted to have.
+    """
+    before = dict.fromkeys(wanted, max(wanted.values(), default=0)) | told
+    return {
+        member: size if abs(size - before[member]) > STEADY_SHARE * before[member] else before[member]
+        for member, size in wanted.items()
     }

@@ -104,6 +104,7 @@ class Rounds(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit
     deadline_s               a round closes then with whoever has contributed, if they reach the quorum
     quorum                   accepted contributions without which no round closes
     evaluate_every           outer steps between evaluations of the held-out split; 0: never
+    batch_sizes              "proportional": cut to each worker's speed; "equal": max_batch_size for everybody
     """
 
     updates: AtLeastOne
@@ -112,6 +113,7 @@ class Rounds(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit
     deadline_s: Positive = 600.0
     quorum: AtLeastOne = 1
     evaluate_every: Annotated[int, Meta(ge=0)] = 1
+    batch_sizes: Literal["proportional", "equal"] = "proportional"
 
 
 class HeldOutSlice(Struct, frozen=True, kw_only=True):

@@ -32,11 +32,12 @@ class Entry(Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=T
     nonce: Name
 
 
-class JobEpochStarted(Entry, frozen=True, kw_only=True, omit_defaults=True):
+class JobEpochStarted(Entry, frozen=True, kw_only=True):
     """From here on the job is this scheduler's; entries of lower epochs can no longer be made."""
 
     scheduler: PeerId
-    shards: Count = 1  # parameter servers that share the model, the same in all epochs
+    # What the job is, in its scheduler's words; every epoch of a chain says the same.
+    settings: str = ""
 
 
 class RoundCommitted(Entry, frozen=True, kw_only=True, omit_defaults=True):
@@ -73,7 +74,6 @@ class ChainState(Struct, frozen=True, kw_only=True):
     job_epoch: int = 0
     scheduler: str | None = None
     round: int = 0
-    shards: int = 1
     # By shard; empty: no outer step yet, the initial model is not pinned down.
     models: tuple[str, ...] = ()
     momenta: tuple[str, ...] = ()
@@ -138,17 +138,20 @@ class Chain:
         used = intervals_of(self._state.epoch, self._used.items())
         return msgspec.structs.replace(self._state, used=used, records=tuple(self._records))
 
-    def epoch_entry(self, *, scheduler: str, nonce: str, shards: int = 1) -> JobEpochStarted:
-        """Return the entry by which `scheduler` would take the job over; it has `shards` parameter servers."""
+    def epoch_entry(self, *, scheduler: str, nonce: str, settings: str = "", skipped: int = 0) -> JobEpochStarted:
+        """Return the entry by which `scheduler` would take the job over.
+
+        `skipped`: how many epochs may have begun in entries that are no longer readable.
+        """
         state = self._state
         return JobEpochStarted(
             number=state.number,
             previous=state.digest,
             job_id=state.job_id,
-            job_epoch=state.job_epoch + 1,
+            job_epoch=state.job_epoch + 1 + skipped,
             nonce=nonce,
             scheduler=scheduler,
-            shards=shards,
+            settings=settings,
         )
 
     def round_entry(
@@ -195,11 +198,7 @@ class Chain:
             raise RemoteProtocolError(
                 f"chain entry {entry.number} starts job epoch {entry.job_epoch}, but {self._state.job_epoch} has begun"
             )
-        if self._state.job_epoch and entry.shards != self._state.shards:
-            raise RemoteProtocolError(f"chain entry {entry.number} has {entry.shards} shards, not {self._state.shards}")
-        return msgspec.structs.replace(
-            self._state, job_epoch=entry.job_epoch, scheduler=entry.scheduler, shards=entry.shards
-        )
+        return msgspec.structs.replace(self._state, job_epoch=entry.job_epoch, scheduler=entry.scheduler)
 
     def _after_round(self, entry: RoundCommitted, where: str) -> ChainState:
         state, merged = self._state, entry.merged
@@ -207,11 +206,8 @@ class Chain:
             raise RemoteProtocolError(f"{where} is of job epoch {entry.job_epoch}, but it is {state.job_epoch}'s turn")
         if merged.round != state.round + 1:
             raise RemoteProtocolError(f"{where} commits round {merged.round} after round {state.round}")
-        if len(entry.shards) != state.shards:
-            raise RemoteProtocolError(f"{where} names {len(entry.shards)} shards; the job has {state.shards}")
-        if state.model_digest not in (None, merged.base_digest) or (
-            state.models and tuple(shard.base_digest for shard in entry.shards) != state.models
-        ):
+        bases = tuple(shard.base_digest for shard in entry.shards)
+        if state.models and (merged.base_digest, bases) != (state.model_digest, state.models):
             raise RemoteProtocolError(f"{where}: round {merged.round} was not made from model {state.round}")
         epoch = self._use(entry, where)
         self._records.append(merged.record_digest)

@@ -17,7 +17,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from hypha.errors import LocalProtocolError
-from hypha.protocol.closing import Close, Closing, Outcome
+from hypha.protocol.closing import Close, Closing, Outcome, Waiting
 from hypha.protocol.manifest import ChainState
 from hypha.protocol.messages import (
     Collected,
@@ -28,7 +28,7 @@ from hypha.protocol.messages import (
     RoundMessage,
     RoundView,
 )
-from hypha.protocol.servers import Servers
+from hypha.protocol.servers import Servers, Serving
 from hypha.protocol.shards import Sha256, whole_digest
 from hypha.protocol.slices import Later, SliceTable
 from hypha.protocol.tally import Exclude, Key, Tally
@@ -46,13 +46,6 @@ class Terms(Struct, frozen=True, kw_only=True):
     deadline_s: float
     fewest: int = 0  # with fewer workers leased no round closes
     shards: int = 1  # parameter servers that share the model
-
-
-class Waiting(Struct, frozen=True, kw_only=True):
-    """No Close now, and why. `replace`: leases that can add nothing to this round although all wait for it."""
-
-    reason: str
-    replace: tuple[Member, ...] = ()
 
 
 class RoundBook:
@@ -98,8 +91,7 @@ class RoundBook:
         return f"<RoundBook view {self.job_epoch}.{self._number} round {self.round} [{crew}]>"
 
     def _open(self, round: int, base: tuple[str, ...], now: float, tally: Tally | None = None) -> None:
-        """Open a round on the model whose shards are `base`; empty while that is not known."""
-        self.round, self._base = round, base
+        self.round, self._base = round, base  # by shard; empty while it is not known
         self.base_digest = whole_digest(base, self._sha256) if base else None
         self.deadline = now + self.terms.deadline_s
         self._tally = tally or Tally(round, self.base_digest)
@@ -122,8 +114,8 @@ class RoundBook:
             members=tuple(sorted(self.members)),
             followers=tuple(sorted(self.followers)),
             servers=tuple(self.servers),
-            server_addresses=tuple(serving.address for serving in self.servers.serving()),
-            shards=tuple(serving.shard for serving in self.servers.serving()) if len(self._base) > 1 else (),
+            server_addresses=self.servers.addresses(),
+            shards=self.servers.order() if len(self._base) > 1 else (),
             parts=self._base if len(self._base) > 1 else (),
             deadline_s=self.terms.deadline_s,
             committed_round=self.committed_round,
@@ -184,20 +176,29 @@ class RoundBook:
         return None
 
     def server_ready(
-        self, server: Member, address: bytes, *, round: int, digest: str, momentum_digest: str | None, shard: int = 0
+        self,
+        server: Member,
+        address: bytes,
+        *,
+        round: int,
+        digest: str,
+        momentum_digest: str | None,
+        now: float,
+        shard: int = 0,
     ) -> str | None:
-        """A parameter server holds a shard of model and momentum `round`. Returns why it may not count, or None."""
+        """A parameter server holds a shard of model and momentum `round`. Returns why it may not count, or None.
+
+        Updates are sent to it from the start, whatever its predecessor had: the round gets its whole time again.
+        """
         if server in self.servers:
             return None
         if self.uncommitted is not None:
             return f"round {self.uncommitted.round} is neither committed nor lost yet"
         if round != self.committed_round:
             return f"it holds model {round}; {self.committed_round} is committed"
-        reason = self.servers.add(
-            server, address, shard=shard, round=round, digest=digest, momentum_digest=momentum_digest
-        )
-        if reason is not None:
+        if reason := self.servers.add(server, Serving(shard, address), digest=digest, momentum_digest=momentum_digest):
             return reason
+        self.deadline = now + self.terms.deadline_s
         if (models := self.servers.models()) != self._base:  # before the first commit only
             self._base, self.base_digest = models, whole_digest(models, self._sha256)
             self._tally = Tally(self.round, self.base_digest)
@@ -317,9 +318,8 @@ class RoundBook:
             return f"round {self.uncommitted.round} is not committed yet"
         if (leased := len(self.members | self.followers)) < self.terms.fewest:
             return f"round {self.round}: {leased} of {self.terms.fewest} workers without which the job waits"
-        if missing := self.servers.missing:
-            of = f" for shard {', '.join(map(str, missing))} of {self.terms.shards}" if self.terms.shards > 1 else ""
-            return f"round {self.round}: no parameter server is ready{of}"
+        if self.servers.missing:
+            return f"round {self.round}: {self.servers.lacking()}"
         if self.pending is not None:
             merging = _names(self._closing.unanswered())
             return f"round {self.round}: close {self.pending.close} is being merged by {merging}"

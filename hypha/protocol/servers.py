@@ -46,29 +46,37 @@ class Servers:
         there = {serving.shard for serving in self._serving.values()}
         return tuple(shard for shard in range(self.shards) if shard not in there)
 
-    def serving(self) -> tuple[Serving, ...]:
-        """Return what each of them serves, in their order."""
-        return tuple(self._serving[server] for server in self)
+    def order(self) -> tuple[int, ...]:
+        """Return the shards that they have, in their order."""
+        return tuple(self._serving[server].shard for server in self)
+
+    def addresses(self) -> tuple[bytes, ...]:
+        """Return their signed addresses, in their order."""
+        return tuple(self._serving[server].address for server in self)
 
     def models(self) -> tuple[str, ...]:
         """Return the digests of the committed or initial model by shard; empty while one is unknown."""
         return tuple(self._models[shard] for shard in sorted(self._models)) if len(self._models) == self.shards else ()
 
-    def add(
-        self, server: Member, address: bytes, *, shard: int, round: int, digest: str, momentum_digest: str | None
-    ) -> str | None:
-        """A server holds model and momentum `round` of a shard. Returns why it does not count, or None."""
+    def lacking(self) -> str:
+        """Say in words which shards are missing."""
+        shards = f" for shard {', '.join(map(str, self.missing))} of {self.shards}" if self.shards > 1 else ""
+        return f"no parameter server is ready{shards}"
+
+    def add(self, server: Member, serving: Serving, *, digest: str, momentum_digest: str | None) -> str | None:
+        """A server holds the newest model and momentum of a shard. Returns why it does not count, or None."""
+        shard = serving.shard
         if shard >= self.shards:
             return f"there is no shard {shard} of {self.shards}"
         if shard not in self.missing:
             return f"shard {shard} is served by another"
         model, momentum = self._models.get(shard), self._momenta.get(shard)
         if self._pinned and digest != model:
-            return f"its model {round} is {digest[:12]}, not {str(model)[:12]}"
+            return f"its model is {digest[:12]}, not {str(model)[:12]}"
         if momentum is not None and momentum_digest != momentum:
-            return f"its momentum after round {round} is not the committed one"
+            return "its momentum is not the committed one"
         self._models[shard] = digest
-        self._serving[server] = Serving(shard, address)
+        self._serving[server] = serving
         return None
 
     def remove(self, server: Member) -> bool:

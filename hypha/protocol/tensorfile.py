@@ -6,7 +6,7 @@
     └────────────┴───────────────────────────────────────────────────────────┴──────────────┘
 
 Canonical: names sorted by code point, tensors in that order without gaps, compact JSON, no metadata. So equal tensors
-make equal bytes, and a sha256 over the file is a digest of the tensors. `parse_header` also reads what is not canonical
+make equal bytes, and a digest of the file is one of the tensors. `parse_header` also reads what is not canonical
 (slices made elsewhere), but never trusts it: every bound is checked before anything is believed.
 """
 
@@ -35,6 +35,9 @@ DTYPE_BYTES = {
     "I64": 8,
     "F64": 8,
 }
+
+# What names a file of tensors wherever it goes: lower-case hexadecimal, 64 characters (docs/decisions/0020).
+DIGEST_ALGORITHM = "blake3"
 
 LENGTH_BYTES = 8
 # 100 bytes of JSON per tensor leave room for 80 000 tensors; the reference implementation allows 100 MB.

@@ -30,15 +30,19 @@ class Part(Enum):
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
-    """The answer no. `retry`: we are behind the sender, the same message may be right in a moment."""
+    """The answer no. `retry`: we are behind the sender, the same message may be right in a moment.
+
+    `over`: it was right a moment ago, and nobody has to be told.
+    """
 
     reason: str
     retry: bool = False
+    over: bool = False
 
 
 def refusal(verdict: Verdict) -> Refused:
     """Return a rule's no as what travels back to the sender."""
-    return Refused(verdict.reason, "retry" if verdict.retry else "refused")
+    return Refused(verdict.reason, "retry" if verdict.retry else "stale" if verdict.over else "refused")
 
 
 class Observed(Struct, frozen=True, kw_only=True):
@@ -96,7 +100,7 @@ def judge(view: RoundView, message: RoundMessage[Any], peer_id: str, parts: tupl
     if verdict is not None:
         return verdict
     if message.round < view.round:
-        return Verdict(reason=f"round {message.round} is over; view {view.view} has round {view.round} open")
+        return Verdict(reason=f"round {message.round} is over; view {view.view} has round {view.round} open", over=True)
     if message.round > view.round:
         return Verdict(reason=f"round {message.round} is newer than {view.round} here", retry=True)
     return None

@@ -136,7 +136,9 @@ class Answers:
             return Done()
         member = self._counted(peer, message, TRAINING)
         batches = job.pace.observe(member, message, job.runtime.now())
-        return Continue() if batches is None else SyncAfter(round=message.round, batches=batches)
+        if batches is None:
+            return Continue()
+        return SyncAfter(round=message.round, batches=batches, batch_size=job.pace.batch_size(member))
 
     async def _ready(self, peer: Peer, message: Ready) -> Ack:
         job = self._job
@@ -151,6 +153,7 @@ class Answers:
                 round=message.round,
                 digest=message.digest,
                 momentum_digest=message.momentum_digest,
+                now=job.runtime.now(),
             )
             if reason is not None:
                 raise self._not_ready(worker, message, reason)

@@ -18,9 +18,9 @@ from hypha.network.breaker import BreakerLimits, Breakers
 from hypha.network.outbox import Outbox
 from hypha.network.retry import Backoff, attempt
 from hypha.network.seam import Network
-from hypha.protocol.closing import Close, Outcome
+from hypha.protocol.closing import Close, Outcome, Waiting
 from hypha.protocol.messages import CloseRound, Committed, Member, Merging, Ready, RoundView
-from hypha.protocol.rounds import RoundBook, Waiting
+from hypha.protocol.rounds import RoundBook
 from hypha.protocol.shards import kind_of
 from hypha.protocol.tally import Exclude
 from hypha.runtime import Runtime

@@ -2,7 +2,8 @@
 
     leader    hold/000000000007 ─ beat ─▶ hold/000000000008 ─ beat ─▶ …      older ones are removed
                  └─ with each beat: has a higher job epoch begun in the chain? ─▶ Deposed
-    standby   a new number? ─▶ wait on │ the same for `hold_s` of its own clock ─▶ lapsed: take over
+    standby   a new number? ─▶ wait on │ the same for `hold_s` of its own clock ─▶ lapsed: make the next number
+                                                              made by another? ─▶ wait on │ made here: take over
 
 No time crosses machines: a beat is a number that changes, and the duration after which its silence means something.
 A hold is a courtesy, like a lease it may be lost while its holder lives; what keeps two leaders apart is the chain, in
@@ -69,6 +70,7 @@ class Hold:
         self._objects = objects
         self._runtime = runtime
         self._mine = Beat(scheduler=scheduler, hold_s=hold_s)
+        self.leader: str | None = None  # as a watcher last saw it
 
     # --- leading --------------------------------------------------------------------------------------------------
 
@@ -105,39 +107,45 @@ class Hold:
     # --- standing by ----------------------------------------------------------------------------------------------
 
     async def lapsed(self) -> None:
-        """Return once nobody has renewed the hold for its duration."""
+        """Return once nobody has renewed the hold for its duration, and the next beat is ours: of several, one goes."""
         runtime, mine = self._runtime, self._mine
         watch = Watch(mine.hold_s, runtime.now())
-        leader: str | None = None
         while True:
             try:
                 seen = await runtime.run_blocking(self.look)
+                left_s = watch.see(seen, runtime.now())
+                claimed = left_s <= 0 and await runtime.run_blocking(self._claim, seen)
             except StoreError as error:
-                # Who cannot read the store cannot lead from it; and how long it was so says nothing about the leader.
+                # Who cannot use the store cannot lead from it; and how long it was so says nothing about the leader.
                 log.warn("The hold on the job's store cannot be read", reason=str(error))
                 watch = Watch(mine.hold_s, runtime.now())
                 await runtime.sleep(mine.hold_s / BEATS)
                 continue
-            left_s = watch.see(seen, runtime.now())
-            if left_s <= 0:
-                log.warn("The hold on the job's store has lapsed", leader=leader or "nobody", beat=seen.name)
+            if claimed:
+                log.warn("The hold on the job's store has lapsed", leader=self.leader or "nobody", beat=seen.name)
                 return
-            if seen.beat is not None and seen.beat.scheduler != leader:
-                leader = seen.beat.scheduler
-                log.info("Standing by", leader=leader, hold_s=seen.beat.hold_s)
-            await runtime.sleep(min(left_s, mine.hold_s / BEATS))
+            if seen.beat is not None and seen.beat.scheduler != self.leader:
+                self.leader = seen.beat.scheduler
+                log.info("Standing by", leader=self.leader, hold_s=seen.beat.hold_s)
+            await runtime.sleep(min(left_s or mine.hold_s, mine.hold_s / BEATS))
+
+    def _claim(self, seen: Seen) -> bool:
+        """Make the beat after this one; False where somebody else did."""
+        try:
+            self._objects.create(f"{FOLDER}/{_number(seen.name) + 1:012d}", [msgspec.json.encode(self._mine)])
+        except AlreadyExists:
+            return False
+        return True
 
     def look(self) -> Seen:
-        """Return the newest beat. Blocks. Raises StoreError."""
+        """Return the newest beat; one that cannot be read is a number that changes, as any other. Raises StoreError."""
         name = max(self._objects.names(FOLDER), key=_number, default="")
         if not name:
             return Seen("", None)
         try:
             return Seen(name, msgspec.json.decode(self._objects.read(name), type=Beat))
-        except NotFound:
-            return Seen(name, None)  # it was replaced meanwhile: the next look finds another
-        except msgspec.DecodeError as error:
-            raise StoreError(f"{name}: not a beat: {error}") from error
+        except (NotFound, msgspec.DecodeError):
+            return Seen(name, None)  # replaced meanwhile: the next look finds another
 
 
 def _number(name: str) -> int:

@@ -1,16 +1,26 @@
-"""The forecast of the open round, fed by progress reports; begins anew with each round."""
+"""The forecast of the open round, fed by progress reports.
 
-from hypha.protocol.forecast import Forecast, Pace, grant_size
+Progress ─▶ Pace of the round ─▶ forecast ─▶ after how many batches to contribute        begins anew with each round
+              └ speed, kept ─▶ sizes of all batches, as each round opens                 steady while it is open
+"""
+
+from hypha.protocol.forecast import Forecast, Pace, batch_sizes, grant_size, steadied
 from hypha.protocol.messages import Contribution, Member, Progress
 from hypha.telemetry import metrics
 
 
 class Pacing:
-    """Tells each member of the open round when to contribute, and how many samples to fetch at a time."""
+    """Tells each member of the open round when to contribute, and how many samples to take and to fetch at a time.
 
-    def __init__(self, *, target_samples: int, batch_size: int) -> None:
+    `batch_size` is the most of a batch; with `proportional` slower members get smaller ones.
+    """
+
+    def __init__(self, *, target_samples: int, batch_size: int, proportional: bool) -> None:
         self._target_samples = target_samples
         self._batch_size = batch_size
+        self._proportional = proportional
+        self._speeds: dict[Member, float] = {}
+        self._sizes: dict[Member, int] = {}
         self._round = 0
         self._forecast = Forecast(target_samples)
         self._paces: dict[Member, Pace] = {}
@@ -20,6 +30,8 @@ class Pacing:
     def _turn_to(self, round_open: int) -> None:
         if round_open > self._round:
             self._round = round_open
+            if self._proportional:
+                self._sizes = steadied(batch_sizes(self._speeds, batch_size_max=self._batch_size), self._sizes)
             self._forecast = Forecast(self._target_samples)
             self._paces = {}
             self._contributed = set()
@@ -40,9 +52,15 @@ class Pacing:
                 at=now,
             )
             self._paces[member] = pace
+            if pace.speed > 0:
+                self._speeds[member] = pace.speed
             self._forecast.measure(member, pace)
             self.samples_per_s = sum(each.speed for each in self._paces.values())
         return self._forecast.sync_after(member, now)
+
+    def batch_size(self, member: Member) -> int | None:
+        """Return how many samples each batch of the member should have; None: as many as it takes already."""
+        return self._sizes.get(member)
 
     def contributed(self, contribution: Contribution) -> None:
         """A member is done with the open round."""
@@ -56,9 +74,11 @@ class Pacing:
         """Return how many samples to grant at once."""
         self._turn_to(round_open)
         told = self._forecast.sync_after(member, now)
-        return grant_size(told, self._paces.get(member), batch_size=self._batch_size)
+        size = self._sizes.get(member, self._batch_size)
+        return grant_size(told, self._paces.get(member), batch_size=size)
 
     def forget(self, member: Member) -> None:
         """A member's lease is over."""
-        self._paces.pop(member, None)
+        for known in (self._paces, self._speeds, self._sizes):
+            known.pop(member, None)
         self._forecast.gone(member)

@@ -10,17 +10,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from msgspec import Struct
 
 from hypha.errors import ConfigError, StoreError
-from hypha.runtime import Runtime
-from hypha.scheduler.config import Config
-from hypha.scheduler.hold import Hold
-from hypha.store.disk import Disk, RealDisk
+from hypha.scheduler.config import Config, JobConfig
+from hypha.scheduler.settings import AnotherJob, insist_same, settings_of
+from hypha.scheduler.shapes import differing_shapes
+from hypha.scheduler.store import chain_says
+from hypha.store.disk import Disk, Held, RealDisk
 from hypha.store.objects import ObjectStore, open_objects
 from hypha.telemetry import get_logger
 
@@ -50,8 +50,10 @@ def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
     with ExitStack() as held:
         try:
             held.enter_context(RealDisk(config.state_dir).lock(f"{name}.lock"))
-        except StoreError as error:
+        except Held as error:
             raise InUse(f"state_dir: {error}; one scheduler leads a job") from error
+        except StoreError as error:
+            raise ConfigError(f"state_dir: {error}") from error
         try:
             if fresh:
                 _set_aside(directory)
@@ -64,30 +66,36 @@ def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
         yield Place(disk=disk, objects=_objects(config, directory, fresh=fresh), directory=downloads)
 
 
-async def await_turn(config: Config, runtime: Runtime, *, scheduler: str) -> None:
-    """Stand by until nobody leads the job any more: its hold has lapsed, and its directory is free.
+def insist_same_job(place: Place, job: JobConfig) -> None:
+    """Refuse a store in which another job lies, or one of other settings, before anybody is asked to work. Blocks.
 
-    Raises ConfigError for a store that cannot be used.
+    Raises ConfigError, naming the settings, and the shapes where it is another model; StoreError for a damaged chain.
     """
-    directory = config.state_dir / config.scheduler.job.name
-    objects = await runtime.run_blocking(partial(_objects, config, directory, fresh=False))
-    hold = Hold(objects, runtime, scheduler=scheduler, hold_s=config.scheduler.hold_s)
-    log.info("Standing by until the leader's hold lapses", job=config.scheduler.job.name)
-    while True:
-        await hold.lapsed()
-        in_use = await runtime.run_blocking(_in_use, config)
-        if in_use is None:
-            return
-        # A leader that stands still: the kernel frees its lock when it ends.
-        log.warn("The job's directory is still in use", reason=in_use)
+    begun = chain_says(place.objects)
+    if begun is None:
+        return
+    job_id, settings = begun
+    mine = settings_of(job, manifest_digest=job.dataset_config.digest or "")
+    try:
+        insist_same(settings, mine, where=f"the checkpoint store (job {job_id})")
+    except AnotherJob as error:
+        theirs, ours = error.models
+        shapes = differing_shapes(place.objects, ours) if theirs != ours else ""
+        raise ConfigError(f"{error} ({shapes})" if shapes else str(error)) from error
 
 
-def _in_use(config: Config) -> str | None:
+def in_use(config: Config) -> str | None:
+    """Return why the job's directories cannot be had now, None where they can. Blocks. Raises ConfigError."""
     try:
         with open_place(config):
             return None
     except InUse as error:
         return str(error)
+
+
+def job_objects(config: Config) -> ObjectStore:
+    """Open the store of chain and artifacts alone. Blocks. Raises ConfigError."""
+    return _objects(config, config.state_dir / config.scheduler.job.name, fresh=False)
 
 
 def _objects(config: Config, directory: Path, *, fresh: bool) -> ObjectStore:

@@ -15,14 +15,14 @@ from hypha.protocol.messages import Member
 from hypha.protocol.resources import Resources
 from hypha.protocol.slices import Grant
 from hypha.protocol.tally import Exclude
+from hypha.scheduler.settings import Settings
 
 
 class JobOpened(Struct, frozen=True, kw_only=True, tag=True):
     """The job that this journal and the chain beside it belong to."""
 
     job_id: str
-    manifest_digest: str
-    model: str  # canonical JSON of its specification
+    settings: Settings
 
 
 class Granted(Struct, frozen=True, kw_only=True, tag=True):

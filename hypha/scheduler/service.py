@@ -4,7 +4,7 @@ dataset found ─▶ store opened, job epoch begun ─▶ workers leased ─▶ 
 """
 
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from hashlib import sha256
 
 import msgspec
@@ -13,8 +13,6 @@ from msgspec import Struct
 
 from hypha.errors import ConfigError, HyphaError, JobFailed, PeerUnreachable, RemoteProtocolError
 from hypha.network.fetch import Providers, fetch_manifest
-from hypha.network.health import serve_health
-from hypha.network.host import open_network
 from hypha.network.retry import Backoff
 from hypha.network.seam import Network
 from hypha.pki import load_identity
@@ -32,10 +30,12 @@ from hypha.scheduler.coordinator import FAILURES_IN_A_ROW_MAX, Coordinator
 from hypha.scheduler.crew import Crew
 from hypha.scheduler.hold import Hold
 from hypha.scheduler.pace import Pacing
-from hypha.scheduler.place import Place, await_turn, open_place
+from hypha.scheduler.place import Place
 from hypha.scheduler.pool import LeasedWorker, Pool
+from hypha.scheduler.settings import settings_of
+from hypha.scheduler.standby import Presence, take_place
 from hypha.scheduler.standing import Standing
-from hypha.scheduler.store import JobStore, Remembered, open_store
+from hypha.scheduler.store import Deposed, JobStore, Remembered, open_store
 from hypha.scheduler.whole import whole_model
 from hypha.telemetry import get_logger, metrics
 
@@ -61,7 +61,9 @@ class Dataset(Struct, frozen=True, kw_only=True):
 class Scheduler:
     """One scheduler on a network that is open already."""
 
-    def __init__(self, network: Network, runtime: Runtime, config: Config, place: Place) -> None:
+    def __init__(
+        self, network: Network, runtime: Runtime, config: Config, place: Place, presence: Presence | None = None
+    ) -> None:
         self._network = network
         self._runtime = runtime
         self._table = config.scheduler
@@ -71,7 +73,7 @@ class Scheduler:
         self._answers = Answers(network, place.directory)
         self._hold = Hold(place.objects, runtime, scheduler=network.peer_id, hold_s=self._table.hold_s)
         self._leading: tuple[JobStore, int] | None = None
-        serve_health(network, runtime, "scheduler", self._detail)
+        (presence or Presence(network, runtime, self._detail)).tell = self._detail
 
     @property
     def _job(self) -> JobConfig:
@@ -103,12 +105,9 @@ class Scheduler:
             opening = open_store(
                 self._place.disk,
                 self._place.objects,
-                name=self._job.name,
                 job_id=f"{self._job.name}-{self._runtime.new_id()[:8]}",
-                manifest_digest=dataset.ref.manifest_digest,
+                settings=settings_of(self._job, manifest_digest=dataset.ref.manifest_digest),
                 slices=dataset.slices,
-                model=self._job.model,
-                shards=self._job.resources.parameter_servers,
             )
             store = await self._runtime.run_blocking(held.enter_context, opening)
             await self._run_job(store, dataset)
@@ -212,7 +211,11 @@ class Scheduler:
             alive=pool.is_live,
             standing=self._standing,
         )
-        pace = Pacing(target_samples=rounds.samples_between_updates, batch_size=rounds.max_batch_size)
+        pace = Pacing(
+            target_samples=rounds.samples_between_updates,
+            batch_size=rounds.max_batch_size,
+            proportional=rounds.batch_sizes == "proportional",
+        )
         return Coordinator(
             self._network,
             self._runtime,
@@ -374,16 +377,22 @@ async def run(
 ) -> None:
     """Run this configuration's job to its end; `fresh` sets aside what an earlier run left.
 
-    With `standby` it waits until nobody leads the job any more. Raises ConfigError (unusable store, or in use),
-    StoreError (damaged; Deposed: another leads) or JobFailed.
+    With `standby` it waits until nobody leads the job any more, and again where it is deposed. Raises ConfigError
+    (unusable store, in use, another job's), StoreError (damaged; Deposed: another leads) or JobFailed.
     """
     runtime = RealRuntime()
     identity = load_identity(config)
     if standby and fresh:
         raise ConfigError("--standby goes on with a job, --fresh starts it over: not both")
-    if standby:
-        await await_turn(config, runtime, scheduler=identity.peer_id)
-    with ExitStack() as held:
-        place = await runtime.run_blocking(held.enter_context, open_place(config, fresh=fresh))
-        async with open_network(identity, config, role="scheduler", runtime=runtime) as network:
-            await Scheduler(network, runtime, config, place).run(task_status=task_status)
+    deposed = True
+    while deposed:
+        deposed = False
+        try:
+            async with AsyncExitStack() as held:
+                place, network, presence = await take_place(config, runtime, identity, held, fresh=fresh, wait=standby)
+                await Scheduler(network, runtime, config, place, presence).run(task_status=task_status)
+        except* Deposed as errors:
+            if not standby:
+                raise
+            log.warn("Deposed: standing by again", reason=str(_first(errors)))
+            deposed = True

@@ -16,13 +16,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from hypha.errors import ConfigError, RemoteProtocolError, StoreError
 from hypha.protocol import manifest
 from hypha.protocol.closing import whole_merged
-from hypha.protocol.job import ModelSpec, ResumePoint
+from hypha.protocol.job import ResumePoint
 from hypha.protocol.manifest import AnyEntry, ChainState, Found
 from hypha.protocol.messages import Contribution, Member, Merged, SliceRef
 from hypha.protocol.shards import kind_of
@@ -30,10 +29,11 @@ from hypha.protocol.slices import Grant, SliceTable
 from hypha.protocol.tally import Exclude
 from hypha.scheduler.config import CheckpointConfig
 from hypha.scheduler.records import Excluded, Granted, JobOpened, LeaseEnded, LeaseHeld, Record
+from hypha.scheduler.settings import Settings, insist_same, parsed
 from hypha.store.blobs import Artifact, Blobs, Retention
 from hypha.store.chain import Chain, StoreConflict
 from hypha.store.disk import Disk, NotFound
-from hypha.store.journal import Journal, open_journal
+from hypha.store.journal import Foreign, Journal, open_journal
 from hypha.store.objects import ObjectStore
 from hypha.telemetry import get_logger
 
@@ -59,16 +59,11 @@ class JobStore:
     """One job's chain, artifacts and journal; opened by `open_store`, used by one scheduler at a time."""
 
     def __init__(
-        self,
-        opened: JobOpened,
-        journal: Journal[Any],
-        objects: ObjectStore,
-        slices: Sequence[SliceRef],
-        shards: int = 1,
+        self, opened: JobOpened, journal: Journal[Any], objects: ObjectStore, slices: Sequence[SliceRef]
     ) -> None:
         self.opened = opened
         self.slices = tuple(slices)
-        self.shards = shards
+        self.shards = opened.settings.parameter_servers
         self.blobs = Blobs(objects)
         self._journal = journal
         self._links = Chain(objects)
@@ -79,22 +74,30 @@ class JobStore:
         self.state: ChainState = self._chain.state  # replaced whole, so that any thread may look
 
     def load(self) -> Remembered:
-        """Replay chain and journal.
+        """Replay chain and journal; a damaged newest entry is set aside, and said.
 
-        Raises StoreError for a chain that is damaged or another job's, ConfigError for one of other shards.
+        Raises StoreError for a chain that is damaged further back, or another job's.
         """
+        mended = self._links.mend()
         self._chain = manifest.Chain(self.opened.job_id, self.slices)
-        for link in self._links.load():
+        for link in self._links.links:
             try:
                 self._take(link.digest, manifest.from_bytes(link.payload))
             except RemoteProtocolError as error:
                 raise StoreError(f"chain: {error}") from error
-        if self.state.job_epoch and self.state.shards != self.shards:
-            raise ConfigError(
-                f"scheduler.job.resources.parameter_servers: the job was begun with {self.state.shards}, "
-                f"not {self.shards}; name the job differently, or start it over with --fresh"
-            )
-        return self._remember(self._journal.records)
+        remembered = self._remember(self._journal.records)
+        if mended is None:
+            return remembered
+        log.warn(
+            "The newest chain entry is damaged, the one before is used",
+            damaged=mended.damaged,
+            used=mended.used or "none",
+            set_aside=mended.set_aside,
+            reason=mended.reason,
+        )
+        # Its workers may know a round that does not count any more: they are leased anew.
+        self.note(*(LeaseEnded(member=held.member) for held in remembered.leases))
+        return Remembered(grants=remembered.grants, excluded=remembered.excluded, leases=())
 
     def _take(self, digest: str, entry: AnyEntry) -> None:
         self._chain.append(digest, entry)
@@ -153,7 +156,9 @@ class JobStore:
 
     def begin_epoch(self, *, scheduler: str, nonce: str) -> int:
         """Take the job over and return the new job epoch. Raises Deposed when somebody else was faster."""
-        entry = self._chain.epoch_entry(scheduler=scheduler, nonce=nonce, shards=self.shards)
+        settings = self.opened.settings.canonical()
+        skipped = self._links.set_aside()
+        entry = self._chain.epoch_entry(scheduler=scheduler, nonce=nonce, settings=settings, skipped=skipped)
         self._append(entry)
         return entry.job_epoch
 
@@ -274,60 +279,61 @@ def _round_of(record: Record) -> int:
 
 @contextmanager
 def open_store(
-    disk: Disk,
-    objects: ObjectStore,
-    *,
-    name: str,
-    job_id: str,
-    manifest_digest: str,
-    slices: Sequence[SliceRef],
-    model: ModelSpec,
-    shards: int = 1,
+    disk: Disk, objects: ObjectStore, *, job_id: str, settings: Settings, slices: Sequence[SliceRef]
 ) -> Iterator[JobStore]:
-    """Open or begin the store of the job called `name`, alone. `job_id` is used when there is none yet.
+    """Open or begin a job's store, alone. `job_id` is used when there is none yet.
 
-    Raises StoreError (damaged) or ConfigError (in use, or it belongs to another job, dataset or model).
+    A damaged journal is set aside, and said: the chain alone says where the job is. Raises StoreError (damaged) or
+    ConfigError (in use, or it belongs to another job, or to one of other settings).
     """
-    mine = JobOpened(job_id=job_id, manifest_digest=manifest_digest, model=_canonical(model))
-    with open_journal(disk, "journal", label=name, record_type=Record) as journal:
-        opened = next((record for record in journal.records if isinstance(record, JobOpened)), None)
-        if opened is None:
-            opened = msgspec.structs.replace(mine, job_id=_begun(objects) or job_id)
-            journal.append(opened)
-        _insist_same(opened, mine, name)
-        if journal.cut_bytes:
-            log.warn("The journal's end was torn: what had not been acknowledged is dropped", bytes=journal.cut_bytes)
-        yield JobStore(opened, journal, objects, slices, shards)
+    name = settings.name
+    try:
+        with open_journal(disk, "journal", label=name, record_type=Record, mend=True) as journal:
+            _say_mended(journal)
+            opened = next((record for record in journal.records if isinstance(record, JobOpened)), None)
+            begun = chain_says(objects)
+            if opened is None:
+                opened = JobOpened(job_id=begun[0] if begun else job_id, settings=settings)
+                journal.append(opened)
+            insist_same(opened.settings, settings, where=f"state_dir (job {opened.job_id})")
+            if begun is not None:
+                insist_same(begun[1], settings, where=f"the checkpoint store (job {begun[0]})")
+                _insist_together(opened.job_id, begun[0])
+            yield JobStore(opened, journal, objects, slices)
+    except Foreign as error:
+        raise ConfigError(f"state_dir: {error}; name the job as it was, or use another directory") from error
 
 
-def _begun(objects: ObjectStore) -> str | None:
-    """Return the job of the chain that lies in the store already: its journal may be lost, or another machine's."""
-    first = next(iter(Chain(objects).load()), None)
-    return None if first is None else manifest.from_bytes(first.payload).job_id
-
-
-def _canonical(model: ModelSpec) -> str:
-    return msgspec.json.encode(model, order="deterministic").decode()
-
-
-def _insist_same(opened: JobOpened, mine: JobOpened, name: str) -> None:
-    instead = f"name the job differently, or start {name!r} over with --fresh"
-    if opened.manifest_digest != mine.manifest_digest:
+def _insist_together(journaled: str, chained: str) -> None:
+    if journaled != chained:
         raise ConfigError(
-            f"scheduler.job.dataset: the job {name!r} in state_dir was begun on manifest "
-            f"{opened.manifest_digest[:12]}, not {mine.manifest_digest[:12]}; {instead}"
+            f"the journal in state_dir is of job {journaled}, the chain in the checkpoint store of job {chained}: "
+            f"bring those together that belong together, or use an empty state_dir to go on with job {chained}"
         )
-    before, now = _flat(msgspec.json.decode(opened.model)), _flat(msgspec.json.decode(mine.model))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise ConfigError(
-                f"scheduler.job.model.{key}: the job {name!r} in state_dir was begun with "
-                f"{before.get(key)!r}, not {now.get(key)!r}; {instead}"
-            )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def chain_says(objects: ObjectStore) -> tuple[str, Settings] | None:
+    """Return id and settings of the job whose chain lies in a store; None where there is no entry to tell.
+
+    Raises StoreError.
+    """
+    first = Chain(objects).first()
+    if first is None:
+        return None
+    try:
+        entry = manifest.from_bytes(first.payload)
+    except RemoteProtocolError as error:
+        raise StoreError(f"chain: {error}") from error
+    if not isinstance(entry, manifest.JobEpochStarted):
+        raise StoreError("chain: its first entry starts no job epoch")
+    return entry.job_id, parsed(entry.settings, "chain entry 0")
+
+
+def _say_mended(journal: Journal[Any]) -> None:
+    if journal.mended is not None:
+        reason, aside = journal.mended
+        log.warn(
+            "The journal is damaged: the chain is used alone, workers are leased anew", set_aside=aside, reason=reason
+        )
+    if journal.cut_bytes:
+        log.warn("The journal's end was torn: what had not been acknowledged is dropped", bytes=journal.cut_bytes)

@@ -3,12 +3,12 @@
 model, model-1, … of the last round ──▶ one canonical SafeTensors file: the same bytes for any number of shards
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from blake3 import blake3
 from msgspec import Struct
 
 from hypha.errors import StoreError
@@ -20,7 +20,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class WholeModel(Struct, frozen=True):
-    """The file, None where the store does not have it (any more), and its sha256."""
+    """The file, None where the store does not have it (any more), and its blake3."""
 
     path: Path | None
     digest: str
@@ -43,14 +43,14 @@ def whole_model(store: JobStore, scratch: Path) -> WholeModel:
 
 
 def join(parts: Sequence[Path], out: Path) -> str:
-    """Write the tensors of several files as one and return its sha256. Raises StoreError, RemoteProtocolError."""
-    sha = hashlib.sha256()
+    """Write the tensors of several files as one and return its blake3. Raises StoreError, RemoteProtocolError."""
+    digest = blake3()
     try:
         with ExitStack() as stack, out.open("wb") as file:
             files = [stack.enter_context(path.open("rb", buffering=0)) for path in parts]
             layouts = [_layout_of(each.fileno()) for each in files]
             header, whole = layout(placed.spec for each in layouts for placed in each.tensors.values())
-            sha.update(header)
+            digest.update(header)
             file.write(header)
             holders = {name: number for number, each in enumerate(layouts) for name in each.tensors}
             for name in whole.tensors:
@@ -60,12 +60,12 @@ def join(parts: Sequence[Path], out: Path) -> str:
                     chunk = os.pread(source, min(CHUNK_BYTES, placed.stop - at), at)
                     if not chunk:
                         raise StoreError(f"{parts[holders[name]]}: tensor {name!r} is cut short")
-                    sha.update(chunk)
+                    digest.update(chunk)
                     file.write(chunk)
                     at += len(chunk)
     except OSError as error:
         raise StoreError(f"{out}: {error.strerror}") from error
-    return sha.hexdigest()
+    return digest.hexdigest()
 
 
 def _layout_of(descriptor: int) -> Layout:

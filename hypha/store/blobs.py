@@ -1,23 +1,23 @@
 """Large artifacts of a job under their own digest: records, models, momentum.
 
-    <kind>/<round>-<sha256>      made whole, never overwritten, verified when read
+    <kind>/<round>-<blake3>      made whole, never overwritten, verified when read
     <kind>-1/… <kind>-2/…        the other shards', where several parameter servers share the model
 
 Retention keeps what a resume can need: every M-th and the last K checkpoints, and each record after the oldest of the
 last K (replaying records forward from a model gives the newer ones, rounds.md).
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
+from blake3 import blake3
 from msgspec import Meta, Struct
 
 from hypha.errors import StoreError
 from hypha.protocol.shards import kind_of
 from hypha.store.disk import AlreadyExists
-from hypha.store.objects import CHUNK_BYTES, ObjectStore, sha256_of
+from hypha.store.objects import CHUNK_BYTES, ObjectStore, digest_of
 
 CHECKPOINT_KINDS = ("model", "momentum")
 RECORD_KIND = "record"
@@ -25,7 +25,7 @@ _PARTIAL_SUFFIX = ".part"
 
 
 class Artifact(Struct, frozen=True, order=True, kw_only=True):
-    """One stored artifact; `digest` is the hexadecimal sha256 of its bytes."""
+    """One stored artifact; `digest` is the hexadecimal blake3 of its bytes."""
 
     kind: str
     round: Annotated[int, Meta(ge=0)]
@@ -89,9 +89,9 @@ class Blobs:
 
     def verify(self, artifact: Artifact) -> None:
         """Read it whole. Raises StoreError when it is missing or does not match its digest."""
-        found = sha256_of(self._objects.chunks(artifact.name))
+        found = digest_of(self._objects.chunks(artifact.name))
         if found != artifact.digest:
-            raise StoreError(f"{artifact.name}: damaged: its bytes have sha256 {found}")
+            raise StoreError(f"{artifact.name}: damaged: its bytes have blake3 {found}")
 
     def local_path(self, artifact: Artifact) -> Path | None:
         """Return the file to serve it from, where the store is a directory here; not verified."""
@@ -129,12 +129,12 @@ def _parse(kind: str, name: str) -> Artifact:
 
 
 def _checked(artifact: Artifact, chunks: Iterable[bytes]) -> Iterator[bytes]:
-    hasher = hashlib.sha256()
+    hasher = blake3()
     for chunk in chunks:
         hasher.update(chunk)
         yield chunk
     if hasher.hexdigest() != artifact.digest:
-        raise StoreError(f"{artifact.name}: its bytes have sha256 {hasher.hexdigest()}")
+        raise StoreError(f"{artifact.name}: its bytes have blake3 {hasher.hexdigest()}")
 
 
 def _file_chunks(path: Path) -> Iterator[bytes]:

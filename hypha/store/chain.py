@@ -5,7 +5,8 @@
 
 What a payload means is `hypha.protocol.manifest`'s. Payloads carry a nonce of their author, so equal bytes mean "mine":
 on "exists" the entry is read back, and anything but the own payload is StoreConflict. The loser drops what it holds in
-memory and loads the chain again.
+memory and loads the chain again. A newest entry that does not match its checksum can be set aside (`mend`): its author
+was told of a success that the medium did not keep. One with successors cannot, for nothing else tells what it said.
 """
 
 import hashlib
@@ -16,10 +17,12 @@ import msgspec
 from msgspec import Meta, Struct
 
 from hypha.errors import StoreError
-from hypha.store.disk import AlreadyExists, NotFound
+from hypha.store.disk import AlreadyExists, Damaged, NotFound
 from hypha.store.objects import ObjectStore
 
 FOLDER = "chain"
+# Where entries go that were set aside; never read again, never deleted by us.
+DAMAGED_SUFFIX = "-damaged"
 # An entry names every contribution of a round with its intervals: MEMBERS_MAX of a few hundred bytes each.
 ENTRY_BYTES_MAX = 64 << 20
 _CHECK_BYTES = 32
@@ -45,6 +48,15 @@ class StoreConflict(StoreError):
     def __init__(self, message: str, link: Link) -> None:
         super().__init__(message)
         self.link = link
+
+
+class Mended(Struct, frozen=True, kw_only=True):
+    """A damaged newest entry, the entry before it ("" where there is none), and where it was put."""
+
+    damaged: str
+    used: str
+    set_aside: str
+    reason: str
 
 
 class Chain:
@@ -81,6 +93,36 @@ class Chain:
         for number in numbers[known:]:
             self._links.append(self._read(number))
         return tuple(self._links[known:])
+
+    def first(self) -> Link | None:
+        """Read entry 0 alone; None where there is none yet, or it is damaged. Raises StoreError."""
+        try:
+            return _decode(self._objects.read(self._name(0)), self._name(0))
+        except (NotFound, Damaged):
+            return None
+
+    def mend(self) -> Mended | None:
+        """Load the chain; an unreadable newest entry is set aside, and said. For a chain that nobody else appends to.
+
+        Raises StoreError for any other damage.
+        """
+        try:
+            self.load()
+        except Damaged as error:
+            names, known = self._objects.names(self._folder), len(self._links)
+            if known != len(names) - 1:
+                raise
+            name, folder = self._name(known), f"{self._folder}{DAMAGED_SUFFIX}"
+            aside = f"{folder}/{known:08d}-{len(self._objects.names(folder)) + 1}"
+            self._objects.create(aside, [self._objects.read(name)])
+            self._objects.remove(name)
+            used = self._name(known - 1) if known else ""
+            return Mended(damaged=name, used=used, set_aside=aside, reason=str(error))
+        return None
+
+    def set_aside(self) -> int:
+        """Return how many entries were ever set aside."""
+        return len(self._objects.names(f"{self._folder}{DAMAGED_SUFFIX}"))
 
     def peek(self) -> Link | None:
         """Return the entry after those known, if somebody made one; it stays unknown. May be called beside the rest."""
@@ -137,7 +179,7 @@ def _encode(link: Link) -> bytes:
 def _decode(data: bytes, name: str) -> Link:
     body, check = data[:-_CHECK_BYTES], data[-_CHECK_BYTES:]
     if hashlib.sha256(body).digest() != check:
-        raise StoreError(f"{name}: damaged: {len(data)} bytes do not match their checksum")
+        raise Damaged(f"{name}: damaged: {len(data)} bytes do not match their checksum")
     try:
         return msgspec.convert(cbor2.loads(body), Link, builtin_types=(bytes,))
     except (msgspec.ValidationError, cbor2.CBORDecodeError, ValueError) as error:

@@ -29,6 +29,14 @@ class NotFound(StoreError):
     """There is no such file."""
 
 
+class Held(StoreError):
+    """Another process holds the lock."""
+
+
+class Damaged(StoreError):
+    """What was read is not what was written: half of it, or decayed."""
+
+
 class Disk(Protocol):
     """Synchronous file operations. Each raises StoreError (NotFound, AlreadyExists) naming the path."""
 
@@ -72,7 +80,7 @@ class Disk(Protocol):
         """Return the size of a file in bytes."""
 
     def lock(self, path: str) -> AbstractContextManager[None]:
-        """Hold an exclusive lock named by a file; StoreError at once when another opener holds it."""
+        """Hold an exclusive lock named by a file. Raises Held at once when another opener has it."""
 
     def local_path(self, path: str, /) -> Path | None:
         """Return where the operating system finds the file, or None when it does not."""
@@ -201,7 +209,7 @@ def _take(descriptor: int, where: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         owner = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
-        raise StoreError(f"{where}: in use by another process (pid {owner})") from error
+        raise Held(f"{where}: in use by another process (pid {owner})") from error
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 

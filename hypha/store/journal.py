@@ -5,7 +5,7 @@
 
 Only the last frame can be half-written, for each is synced before the next begins: what cannot be verified at the end
 is cut and was never acknowledged. A frame that cannot be verified although a verifiable one follows is decay, and
-refused with its offset. `rewrite` replaces the whole by fewer records in one step.
+refused with its offset, or set aside for a new journal. `rewrite` replaces the whole by fewer records in one step.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import cbor2
 import msgspec
 
 from hypha.errors import LocalProtocolError, StoreError
-from hypha.store.disk import Disk, NotFound, parent_of, replace_durably
+from hypha.store.disk import Damaged, Disk, NotFound, parent_of, replace_durably
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -36,10 +36,15 @@ JOURNAL_BYTES_MAX = 1 << 30
 REWRITE_RECORDS_PER_FRAME = 256
 
 
+class Foreign(StoreError):
+    """The journal is another's."""
+
+
 class Journal(Generic[R]):
     """An open journal; made by `open_journal`. Methods may be called from several threads.
 
-    `records` is what was found at opening, in order; `cut_bytes` how much of a torn end was dropped then.
+    `records` is what was found at opening, in order; `cut_bytes` how much of a torn end was dropped then, `mended` what
+    was wrong with the file before this one and where that went, None where nothing was.
     After a failed append the record's fate is unknown until the next one succeeds or the journal is opened again: it
     was not acknowledged, and the next append removes what there is of it first.
     """
@@ -47,6 +52,7 @@ class Journal(Generic[R]):
     def __init__(self, disk: Disk, path: str, label: str) -> None:
         self.records: list[R] = []
         self.cut_bytes = 0
+        self.mended: tuple[str, str] | None = None
         self._disk = disk
         self._path = path
         self._label = label
@@ -116,7 +122,7 @@ class Journal(Generic[R]):
                 self.records.extend(_typed(plain, record_type, self._path, end))
             self._sequence = sequence + 1
         if end == 0:
-            raise StoreError(f"{self._path}: offset 0: not a journal, or its first frame is damaged")
+            raise Damaged(f"{self._path}: offset 0: not a journal, or its first frame is damaged")
         self._bytes = end
         self.cut_bytes = len(data) - end
         self._suspect = True
@@ -135,23 +141,47 @@ class Journal(Generic[R]):
         if found.get("journal") != FORMAT_VERSION:
             raise StoreError(f"{self._path}: journal format {found.get('journal')!r} is not {FORMAT_VERSION}")
         if found.get("label") != self._label:
-            raise StoreError(f"{self._path}: belongs to {found.get('label')!r}, not to {self._label!r}")
+            raise Foreign(f"{self._path}: belongs to {found.get('label')!r}, not to {self._label!r}")
 
 
 @contextmanager
-def open_journal(disk: Disk, path: str, *, label: str, record_type: Any) -> Iterator[Journal[Any]]:  # noqa: ANN401
-    """Open or begin the journal at `path`, alone: a second opener gets StoreError until this one is done.
+def open_journal(
+    disk: Disk,
+    path: str,
+    *,
+    label: str,
+    record_type: Any,  # noqa: ANN401 - a union of Structs has no better type
+    mend: bool = False,
+) -> Iterator[Journal[Any]]:
+    """Open or begin the journal at `path`, alone: a second opener gets Held until this one is done.
 
     `label` says whose it is (a job, a peer): a journal begun under another label is refused. `record_type` is a tagged
-    Struct or a union of them. Raises StoreError: locked, damaged (with path and offset), foreign, or unreadable.
+    Struct or a union of them. `mend`: a damaged one is set aside and a new one begun, for whoever can do without it.
+    Raises StoreError: Held, Damaged (with path and offset), Foreign, or unreadable.
     """
     directory = parent_of(path)
     if directory:
         disk.mkdir(directory)
     with disk.lock(f"{path}.lock"):
         journal: Journal[Any] = Journal(disk, path, label)
-        journal.load(record_type)
+        try:
+            journal.load(record_type)
+        except Damaged as error:
+            if not mend:
+                raise
+            journal = Journal(disk, path, label)
+            journal.mended = (str(error), _set_aside(disk, path))
+            journal.load(record_type)
         yield journal
+
+
+def _set_aside(disk: Disk, path: str) -> str:
+    number = 1
+    while disk.exists(aside := f"{path}.damaged-{number}"):
+        number += 1
+    disk.rename(path, aside)
+    disk.fsync_dir(parent_of(path))
+    return aside
 
 
 def _plain(record: msgspec.Struct) -> Any:  # noqa: ANN401 - maps, lists and scalars
@@ -212,5 +242,5 @@ def _frames(data: bytes, path: str) -> Iterator[tuple[int, int, Any]]:
     later = data.find(MAGIC, offset + 1)
     while later >= 0:
         if _payload_at(data, later, range(sequence + 1, 1 << 63)) is not None:
-            raise StoreError(f"{path}: damaged at offset {offset}: a later record at offset {later} is intact")
+            raise Damaged(f"{path}: damaged at offset {offset}: a later record at offset {later} is intact")
         later = data.find(MAGIC, later + 1)

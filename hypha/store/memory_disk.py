@@ -21,7 +21,7 @@ from enum import Enum
 from pathlib import Path
 
 from hypha.errors import StoreError
-from hypha.store.disk import AlreadyExists, NotFound, parent_of
+from hypha.store.disk import AlreadyExists, Held, NotFound, parent_of
 
 # A file system zeros blocks whose contents did not reach the medium although their length did.
 ZEROED_TAIL_PROBABILITY = 0.3
@@ -80,6 +80,11 @@ class MemoryDisk:
         self._directories = {""}
         self._locks: set[str] = set()
         self._down = False
+
+    @property
+    def is_down(self) -> bool:
+        """Whether power was lost, and `crash` has not started it again yet."""
+        return self._down
 
     def crash(self) -> None:
         """Keep of everything unsynced a random prefix, drop all locks."""
@@ -198,7 +203,7 @@ class MemoryDisk:
     def lock(self, path: str) -> Iterator[None]:
         """Refuse a second holder until the first is done or the machine crashed."""
         if path in self._locks:
-            raise StoreError(f"{path}: in use by another process (pid simulated)")
+            raise Held(f"{path}: in use by another process (pid simulated)")
         self._locks.add(path)
         try:
             yield

@@ -8,7 +8,6 @@
 A store that offers neither is refused with ConfigError: two schedulers could both believe they committed a round.
 """
 
-import hashlib
 import os
 import tempfile
 import uuid
@@ -17,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+
+from blake3 import blake3
 
 from hypha.errors import ConfigError, StoreError
 from hypha.store.disk import AlreadyExists, Disk, NotFound, RealDisk, parent_of
@@ -257,9 +258,9 @@ def _open_directory(path: Path, new_id: Callable[[], str] | None) -> DirectoryOb
     return store
 
 
-def sha256_of(chunks: Iterable[bytes]) -> str:
-    """Return the lower-case hexadecimal sha256 over all chunks."""
-    hasher = hashlib.sha256()
+def digest_of(chunks: Iterable[bytes]) -> str:
+    """Return the lower-case hexadecimal blake3 over all chunks."""
+    hasher = blake3()
     for chunk in chunks:
         hasher.update(chunk)
     return hasher.hexdigest()

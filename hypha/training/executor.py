@@ -65,6 +65,7 @@ def _work(work: Work, name: str, session: Session, given: argparse.Namespace) ->
     telemetry = executor_start(f"hypha-{name}", session.post_otlp)
     try:
         torch.set_num_threads(_threads(os.environ.get("HYPHA_THREADS", "1")))
+        log.info("Executor started", work=name)
         work(session, load_job(given.job), given.work_dir.absolute())
     except BridgeClosed:
         raise

@@ -18,8 +18,11 @@ from torch import nn
 
 from hypha.errors import JobFailed
 from hypha.protocol.job import InnerOptimizer, Schedule
+from hypha.telemetry import get_logger
 from hypha.training.models import without_cache
 from hypha.training.tensors import Reader, save
+
+log = get_logger("training.inner")
 
 Batch = Mapping[str, torch.Tensor]
 # Labels with this value are not predicted (torch.nn.CrossEntropyLoss, transformers).
@@ -71,6 +74,8 @@ class InnerLoop:
         self._optimizer.step()
         self.steps += 1
         self.step_s = time.monotonic() - began
+        if self.steps == 1:
+            log.info("First inner step", round=round_, seconds=round(self.step_s, 3))
         return value
 
     def finished_round(self, round_: int, steps: int) -> None:

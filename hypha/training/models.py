@@ -202,6 +202,15 @@ def _from_directory(spec: ModelSpec, source: Path | None) -> nn.Module:
     return cast(nn.Module, model)
 
 
+def from_configuration(spec: ModelSpec, source: Path) -> nn.Module:
+    """Return the model that a directory's configuration describes, its weights unread. Raises ConfigError."""
+    try:
+        made = _transformers().AutoConfig.from_pretrained(str(source), local_files_only=True)
+        return cast(nn.Module, auto_class(spec.type).from_config(made))
+    except (OSError, TypeError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"model: {source}: {error}") from error
+
+
 def auto_class(task: str) -> Any:  # noqa: ANN401 - transformers is untyped
     """Return transformers' Auto class for a task name. Raises ConfigError naming the known ones."""
     name = TASKS.get(task)

@@ -1,7 +1,7 @@
 """Model files: canonical SafeTensors fp32, written and read piece by piece.
 
     file = Reader(path)                         nothing is mapped, nothing is held
-    with Writer(path, shapes) as out:           header first, then elements in file order, sha256 on the way
+    with Writer(path, shapes) as out:           header first, then elements in file order, blake3 on the way
         for piece in file.pieces():             at most PIECE_ELEMENTS of one tensor
             out.append(f(file.part(piece)))
         written = out.finish()
@@ -10,7 +10,6 @@ A file that is not whole does not exist: it is written as `.part` and renamed wh
 is the digest of its tensors (hypha.protocol.tensorfile).
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import Self, cast
 
 import torch
+from blake3 import blake3
 from msgspec import Struct
 
 from hypha.errors import RemoteProtocolError, StoreError
@@ -45,7 +45,7 @@ class Piece(Struct, frozen=True):
 
 
 class Written(Struct, frozen=True):
-    """A finished file: its path, size in bytes and sha256."""
+    """A finished file: its path, size in bytes and blake3."""
 
     path: Path
     bytes: int
@@ -75,7 +75,7 @@ class FileWriter:
         self.path = path
         self.names = list(self._layout.tensors)
         self._size = 0
-        self._sha = hashlib.sha256()
+        self._hash = blake3()
         self._part = path.with_name(path.name + ".part")
         try:
             self._file = self._part.open("wb", buffering=0)
@@ -112,10 +112,10 @@ class FileWriter:
             self._part.replace(self.path)
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}") from error
-        return Written(self.path, self._layout.file_bytes, self._sha.hexdigest())
+        return Written(self.path, self._layout.file_bytes, self._hash.hexdigest())
 
     def _put(self, data: memoryview) -> None:
-        self._sha.update(data)
+        self._hash.update(data)
         self._size += len(data)
         try:
             while data:
@@ -237,12 +237,12 @@ def load_parts(paths: Sequence[Path], tensors: Mapping[str, torch.Tensor]) -> No
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 of the file that `save` would write."""
+    """blake3 of the file that `save` would write."""
     header, places = layout(TensorSpec(name, "F32", shape) for name, shape in shapes_of(tensors).items())
-    sha = hashlib.sha256(header)
+    hasher = blake3(header)
     for name in places.tensors:
-        sha.update(_bytes_of(tensors[name]))
-    return sha.hexdigest()
+        hasher.update(_bytes_of(tensors[name]))
+    return hasher.hexdigest()
 
 
 def mismatch(found: Layout, shapes: Shapes) -> str | None:

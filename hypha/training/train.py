@@ -10,13 +10,11 @@ file for each shard), its inner state from the round's beginning, and its update
 again. Beside the base lies what coding earlier updates lost (hypha.training.outer), and what coding this one's lost.
 """
 
-import hashlib
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -44,7 +42,7 @@ from hypha.protocol.bridge import (
 from hypha.protocol.job import JobSpec
 from hypha.protocol.messages import Interval
 from hypha.telemetry import get_logger, inject, span_from
-from hypha.training import executor, models, outer, standing, tensors
+from hypha.training import executor, models, shares, standing, tensors
 from hypha.training.batches import Feed, rows_of
 from hypha.training.inner import Inner, InnerLoop
 from hypha.training.session import BridgeRefused, Session
@@ -95,10 +93,12 @@ class Trainer:
         self.here = 0
         self.reported_at = 0.0
         self.recent_s: deque[float] = deque(maxlen=RECENT_BATCHES)
+        self.batch_size = job.rounds.max_batch_size
 
     def run(self) -> None:
         """Train until the job is over. Raises JobFailed, BridgeClosed."""
         self.fetch_base()
+        log.info("Base fetched", round=self.here)
         while not isinstance(move := self._next(), standing.Finish):
             match move:
                 case standing.Apply(update):
@@ -133,12 +133,8 @@ class Trainer:
         with span_from(arrived.traceparent, "outer_update", round=arrived.round, close=arrived.close) as span:
             del self.outlook.updates[arrived.round]
             try:
-                coding = self.job.compression.downward
-                written = [
-                    outer.subtract(result, base, update, coding=coding)
-                    for result, base, update in zip(results, bases, updates, strict=True)
-                ]
-                _remove(updates)
+                written = shares.subtract(results, bases, updates, coding=self.job.compression.downward)
+                shares.remove(updates)
             except RemoteProtocolError as error:
                 span.fail(error)
                 log.warn("Outer update is unusable, fetching the model", round=arrived.round, reason=str(error))
@@ -182,7 +178,7 @@ class Trainer:
         old = self.kept.get(round_)
         self.kept[round_] = kept
         if old is not None:
-            _remove(set(old.base) - set(kept.base))
+            shares.remove(set(old.base) - set(kept.base))
 
     def _owed(self, round_: int) -> tuple[Path, ...]:
         """What a round that begins now has to make good: what the last accepted update before it lost."""
@@ -198,9 +194,9 @@ class Trainer:
             kept = self.kept.pop(number)
             update = () if kept.update is None else kept.update.files
             inner = [] if kept.inner.path is None else [kept.inner.path]
-            _remove([*kept.base, *inner, *(self.work_dir / file.path for file in update)])
+            shares.remove([*kept.base, *inner, *(self.work_dir / file.path for file in update)])
         needed = {path for kept in self.kept.values() for path in (*kept.owed, *kept.lost)}
-        _remove(self.debts - needed)
+        shares.remove(self.debts - needed)
         self.debts &= needed
 
     # --- one round ---
@@ -234,7 +230,7 @@ class Trainer:
             while batches < sync_at and samples < samples_max:
                 if self._called_away():
                     return None
-                size = self.job.rounds.max_batch_size
+                size = self.batch_size
                 batch = feed.take(size, then=min((sync_at - batches - 1) * size, samples_max - samples - size))
                 if batch is None:
                     if feed.exhausted or feed.full:
@@ -244,32 +240,36 @@ class Trainer:
                 loss = self.inner.step(self.preprocess(batch), round_=round_)
                 self.recent_s.append(self.inner.step_s)
                 batches, samples, loss_sum = batches + 1, samples + count, loss_sum + loss * count
-                answer = self._report(self._progress(batches, samples, count, loss))
+                answer = self._report(self._progress(batches, samples, size, loss))
                 if isinstance(answer, SyncAt) and answer.round == round_:
                     sync_at = answer.batches
+                    self._resize(answer.batch_size)
         self.inner.finished_round(round_, batches)
         mean_loss = loss_sum / samples if samples else 0.0
         return self._update(kept, self._coded(kept, feed.used), feed.used, mean_loss)
 
+    def _resize(self, wanted: int | None) -> None:
+        """Take batches of another size from the next one on; the times of the old ones say nothing about those."""
+        if wanted is not None and wanted != self.batch_size:
+            self.batch_size = min(wanted, self.job.rounds.max_batch_size)
+            self.recent_s.clear()
+
     def _coded(self, kept: Kept, used: Sequence[Interval]) -> tuple[FileRef, ...]:
         """Write what the parameters have become since the base, as the job codes it, shard by shard."""
-        coding, shards = self.job.compression.upward, range(len(kept.base))
+        coding = self.job.compression.upward
         if coding.feedback:
-            kept.lost = tuple(self.work_dir / f"lost-{self.here}-{shard}.safetensors" for shard in shards)
+            kept.lost = tuple(self.work_dir / f"lost-{self.here}-{n}.safetensors" for n in range(len(kept.base)))
             self.debts.update(kept.lost)
-        deltas = [
-            outer.pseudo_gradient(
-                self.work_dir / f"update-{self.here}-{shard}.safetensors",
-                kept.base[shard],
-                self.parameters,
-                coding=coding,
-                generators=partial(generator_of, self.here, used),
-                owed=kept.owed[shard] if kept.owed else None,
-                lost=kept.lost[shard] if kept.lost else None,
-            )
-            for shard in shards
-        ]
-        return tuple(delta.ref(self.work_dir) for delta in deltas)
+        return shares.pseudo_gradients(
+            kept.base,
+            self.parameters,
+            round_=self.here,
+            used=used,
+            coding=coding,
+            owed=kept.owed,
+            lost=kept.lost,
+            work_dir=self.work_dir,
+        )
 
     def send(self, kept: Kept, update: SendUpdate) -> None:
         """Deliver an update, and take the answer to heart. Raises BridgeRefused."""
@@ -365,20 +365,11 @@ class Trainer:
         return answer
 
 
-def generator_of(round_: int, used: Sequence[Interval], tensor: str) -> torch.Generator:
-    """Randomness of a worker's own, yet the same again: no two workers take the same samples in the same round."""
-    seed = hashlib.sha256(msgspec.json.encode((round_, sorted(used), tensor))).digest()
-    return torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
-
-
 def work(session: Session, job: JobSpec, work_dir: Path) -> None:
     """Train one job to its end."""
-    Trainer(session, job, work_dir).run()
+    trainer = Trainer(session, job, work_dir)
+    log.info("Model built")
+    trainer.run()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

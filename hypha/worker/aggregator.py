@@ -35,6 +35,7 @@ from hypha.protocol.messages import (
     UpdateRefused,
 )
 from hypha.protocol.shards import part_of
+from hypha.protocol.tensorfile import DIGEST_ALGORITHM
 from hypha.protocol.views import Verdict, refusal
 from hypha.telemetry import extracted, get_logger, inject, span
 from hypha.worker.broadcast import Broadcast
@@ -155,7 +156,7 @@ class AggregateSession(Session):
                 path,
                 size=part.bytes,
                 digest=part.digest,
-                algorithm="sha256",
+                algorithm=DIGEST_ALGORITHM,
                 offset=0,
                 runtime=self.context.runtime,
             )

@@ -17,6 +17,7 @@ from hypha.network.transfer import partial_path, receive_file
 from hypha.protocol import bridge
 from hypha.protocol.messages import Accepted, OuterUpdate
 from hypha.protocol.shards import part_of, whole_digest
+from hypha.protocol.tensorfile import DIGEST_ALGORITHM
 from hypha.protocol.views import refusal
 from hypha.telemetry import inject
 from hypha.worker.session import Session
@@ -61,8 +62,7 @@ class Arrivals:
                 path,
                 size=header.bytes,
                 digest=header.digest,
-                algorithm="sha256",
-                offset=0,
+                algorithm=DIGEST_ALGORITHM,
                 runtime=context.runtime,
             )
             self._judge(stream.peer.peer_id, header)  # the view may have moved on meanwhile

@@ -5,6 +5,7 @@ work_dir              job directories, the slice cache, fences, records of runni
 [offer]               price floor strategy …               (hypha.protocol.auction.OfferConfig)
 [lease]               offer_ttl_s ttl_s
 [transfers]           patience with broken streams
+warm_executor         one idle process that has imported what the built-in executors need
 [[executors]]         class name runtime cmd args
 """
 
@@ -95,6 +96,7 @@ class Config(NodeConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     transfers: TransferConfig = TransferConfig()
     executors: tuple[ExecutorConfig, ...] = DEFAULT_EXECUTORS
     cache_bytes: Annotated[int, Meta(ge=1 << 20)] = 10_000_000_000  # verified slices kept for the next epoch
+    warm_executor: bool = False
 
     def __post_init__(self) -> None:
         """Refuse two executors of one name: a scheduler asks for them by it."""

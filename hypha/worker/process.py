@@ -1,11 +1,12 @@
 """Executors as real processes: one process group each, killed whole, its death confirmed before anything is freed.
 
     start ─▶ record on disk ─▶ running ──exit──▶ ended ─▶ group confirmed gone ─▶ record removed
-                                  └──kill──▶ SIGTERM ─▶ grace ─▶ SIGKILL ──────────┘
+      ▲                           └──kill──▶ SIGTERM ─▶ grace ─▶ SIGKILL ──────────┘
+      └── anew, or a spare that has imported everything already (hypha.worker.warm)
 
 The record (process group and start time) lets a restarted worker end what its previous incarnation left behind. Start
 times are ticks since boot, so that setting the clock confuses nobody; a process whose leader is gone is known by the
-lease in its environment.
+lease in its environment, or by the mark of the spare that it was.
 """
 
 import os
@@ -24,6 +25,7 @@ import trio
 
 from hypha.errors import JobFailed, StoreError
 from hypha.protocol.job import JobSpec
+from hypha.protocol.warm import WarmStart
 from hypha.telemetry import get_logger
 from hypha.worker.bridge import JobSession, serve_bridge
 from hypha.worker.config import ExecutorConfig
@@ -44,6 +46,8 @@ OUTPUT_GRACE_S = 1.0
 LOG_BYTES_MAX = 16 << 20
 # In every executor's environment, and so in that of all it starts.
 LEASE_VARIABLE = "HYPHA_LEASE_ID"
+# Runs a module of ours; its name and its arguments follow.
+INTERPRETER = (sys.executable, "-m")
 
 
 class Executor(Protocol):
@@ -78,11 +82,22 @@ class Launcher(Protocol):
         """
 
 
-class ProcessRecord(msgspec.Struct, frozen=True):
-    """A process group with the birth of its leader: a recycled pid has another one."""
+class Spares(Protocol):
+    """Processes that were started before their job."""
+
+    def take(self, start: WarmStart, *, has_gpu: bool) -> tuple[trio.Process, str] | None:
+        """Give one its job; returns it with the mark in its environment, None where there is none."""
+
+
+class ProcessRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A process group with the birth of its leader: a recycled pid has another one.
+
+    `mark` is what stands for the lease in its environment where it was started before it had one.
+    """
 
     pgid: int
     birth: str
+    mark: str = ""
 
 
 class ProcessExecutor:
@@ -149,9 +164,10 @@ def _text(line: bytes) -> str:
 class ProcessLauncher:
     """Starts executors as child processes and remembers them on disk under `records`."""
 
-    def __init__(self, records: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, records: Path, environment: Mapping[str, str], spares: Spares | None = None) -> None:
         self._records = records
         self._environment = dict(environment)
+        self._spares = spares
 
     @asynccontextmanager
     async def launch(self, what: Launch) -> AsyncIterator[Executor]:
@@ -162,11 +178,13 @@ class ProcessLauncher:
         async with trio.open_nursery() as nursery:
             socket_path = await nursery.start(serve_bridge, what.session, what.directory)
             command = command_of(what.executor, socket_path=socket_path, work_dir=what.directory, job_json=job_json)
-            process = await self._spawn(command, what)
+            process, mark = self._spare(command, what) or (await self._spawn(command, what), "")
             running = ProcessExecutor(process, what.directory / "executor.log")
             nursery.start_soon(running.copy_output)
             try:
-                _write(record, msgspec.json.encode(ProcessRecord(running.pgid, birth_of(running.pgid) or "")))
+                _write(record, msgspec.json.encode(ProcessRecord(running.pgid, birth_of(running.pgid) or "", mark)))
+                if mark:
+                    (self._records / f"{mark}.json").unlink(missing_ok=True)
                 yield running
             finally:
                 with trio.CancelScope(shield=True):
@@ -176,16 +194,24 @@ class ProcessLauncher:
                 record.unlink(missing_ok=True)
                 nursery.cancel_scope.cancel()
 
+    def _spare(self, command: list[str], what: Launch) -> tuple[trio.Process, str] | None:
+        """Return a process that was started for no job and has this one now, where there is such."""
+        if self._spares is None or what.executor.cmd is not None:
+            return None
+        start = WarmStart(
+            work=what.executor.work,
+            arguments=tuple(command[len(INTERPRETER) + 1 :]),
+            directory=str(what.directory),
+            environment=_own(what),
+        )
+        return self._spares.take(start, has_gpu=what.has_gpu)
+
     async def _spawn(self, command: list[str], what: Launch) -> trio.Process:
-        threads = str(what.threads)
-        own = {"OMP_NUM_THREADS": threads, "HYPHA_THREADS": threads, LEASE_VARIABLE: what.lease_id}
-        if not what.has_gpu:
-            own["CUDA_VISIBLE_DEVICES"] = ""  # torch takes every device that it sees; this lease paid for none
         try:
             return await trio.lowlevel.open_process(
                 command,
                 cwd=what.directory,
-                env={**self._environment, **own},
+                env={**self._environment, **_own(what)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -209,6 +235,15 @@ class ProcessLauncher:
                 ended += 1
             record.unlink(missing_ok=True)
         return ended
+
+
+def _own(what: Launch) -> dict[str, str]:
+    """Return what the environment of an executor holds for its job alone."""
+    threads = str(what.threads)
+    own = {"OMP_NUM_THREADS": threads, "HYPHA_THREADS": threads, LEASE_VARIABLE: what.lease_id}
+    if not what.has_gpu:
+        own["CUDA_VISIBLE_DEVICES"] = ""  # torch takes every device that it sees; this lease paid for none
+    return own
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -240,7 +275,7 @@ def _is_ours(left: ProcessRecord, lease_id: str) -> bool:
     if birth is not None:
         return birth == left.birth
     # The leader is gone; what it started may live on in its group.
-    return any(_lease_of(pid) == lease_id for pid in group_members(left.pgid))
+    return any(_lease_of(pid) in {lease_id, left.mark or lease_id} for pid in group_members(left.pgid))
 
 
 def _lease_of(pid: int) -> str | None:
@@ -257,8 +292,7 @@ def command_of(executor: ExecutorConfig, *, socket_path: Path, work_dir: Path, j
     """
     values = {"{SOCKET_PATH}": str(socket_path), "{WORK_DIR}": str(work_dir), "{JOB_JSON}": str(job_json)}
     if executor.cmd is None:
-        module = "hypha.training.train" if executor.work == "train" else "hypha.training.aggregate"
-        template = [sys.executable, "-m", module, "--socket", "{SOCKET_PATH}"]
+        template = [*INTERPRETER, f"hypha.training.{executor.work}", "--socket", "{SOCKET_PATH}"]
         template += ["--work-dir", "{WORK_DIR}", "--job", "{JOB_JSON}"]
     else:
         template = [executor.cmd, *executor.args]

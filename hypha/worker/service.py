@@ -56,6 +56,7 @@ from hypha.worker.fences import FenceKeeper
 from hypha.worker.jobs import LEAVING, AnySession, Jobs, job_directories, remove_leftovers
 from hypha.worker.process import Launcher, ProcessLauncher
 from hypha.worker.trainer import TrainSession
+from hypha.worker.warm import Warm
 
 log = get_logger("worker")
 
@@ -130,6 +131,12 @@ class Worker:
         for lease in self.ledger.leases(now):
             if only in (None, lease.state):
                 self.ledger.revoke(lease.lease_id, reason=LEAVING, now=now)
+
+    def has_room(self) -> bool:
+        """Whether a job could still come: not every core is at work for one."""
+        leases = self.ledger.leases(self._runtime.now())
+        busy = sum(lease.resources.cpu for lease in leases if lease.job_id is not None)
+        return not self._leaving and busy < self.ledger.capacity.cpu
 
     def _register(self) -> None:
         network = self._network
@@ -299,12 +306,19 @@ async def run(
         except StoreError as error:
             raise ConfigError(f"`work_dir`: {error}") from error
         _warn_if_open_to_others(work_dir)
-        launcher = ProcessLauncher(records, executor_environment(os.environ))
+        environment = executor_environment(os.environ)
+        has_gpu = config.resources.detect(work_dir).gpu > 0
+        warm = Warm(records, environment, has_gpu=has_gpu) if config.warm_executor else None
+        launcher = ProcessLauncher(records, environment, warm)
         await launcher.end_leftovers()
         await runtime.run_blocking(remove_leftovers, work_dir)
         async with open_network(identity, config, role="worker", runtime=runtime) as network:
             worker = Worker(network, runtime, config, launcher, fences)
-            await worker.run(stopping=stopping, task_status=task_status)
+            async with trio.open_nursery() as nursery:
+                if warm is not None:
+                    nursery.start_soon(warm.run, worker.has_room)
+                await worker.run(stopping=stopping, task_status=task_status)
+                nursery.cancel_scope.cancel()
 
 
 def _warn_if_open_to_others(work_dir: Path) -> None:

@@ -363,7 +363,7 @@ class TrainSession(Session):
     def answered(self, _peer_id: str, _message: Request[Any], answer: Message) -> None:
         """Keep the newest instruction for the executor."""
         if isinstance(answer, SyncAfter):
-            self._instruction = bridge.SyncAt(round=answer.round, batches=answer.batches)
+            self._instruction = bridge.SyncAt(round=answer.round, batches=answer.batches, batch_size=answer.batch_size)
         elif isinstance(answer, Done):
             self.stop("the scheduler says that the job is done")
 

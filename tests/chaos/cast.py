@@ -43,6 +43,8 @@ class Job(Struct, frozen=True, kw_only=True):
     samples: int = 4800
     ttl_s: float = 6.0
     deadline_s: float = 30.0
+    language: bool = False  # a small transformers model on tokens instead of a plain module
+    warm: tuple[str, ...] = ()  # workers that keep a warm executor
 
 
 def prepare(directory: Path, job: Job, seed: int) -> None:
@@ -61,7 +63,7 @@ def prepare(directory: Path, job: Job, seed: int) -> None:
         if name in EXECUTORS:
             text += _worker(name, job)
         (directory / "configs" / f"{name}.toml").write_text(text)
-    dataset.write(directory / "dataset", seed)
+    dataset.write(directory / "dataset", seed, language=job.language)
     _certify(directory)
 
 
@@ -95,15 +97,15 @@ def _node(name: str, addresses: list[str]) -> str:
 
 def _worker(name: str, job: Job) -> str:
     executors = "".join(_EXECUTORS[work] for work in EXECUTORS[name])
-    return _WORKER.format(name=name, ttl_s=job.ttl_s) + executors
+    warm = str(name in job.warm).lower()
+    return _WORKER.format(name=name, ttl_s=job.ttl_s, warm=warm) + executors
 
 
 def _job(run: str, job: Job) -> str:
     return _JOB.format(
         run=run,
         dataset=dataset.NAME,
-        inputs=dataset.INPUTS,
-        classes=dataset.CLASSES,
+        model=_LANGUAGE_MODEL if job.language else _MODEL,
         rounds=job.rounds,
         samples=job.samples,
         batch=BATCH_SAMPLES,
@@ -124,6 +126,7 @@ _WORKER = """\
 work_dir = "../work/{name}"
 # Half the dataset: slices are fetched as long as the job runs.
 cache_bytes = 1048576
+warm_executor = {warm}
 
 [resources]
 cpu = 1.0
@@ -140,6 +143,29 @@ _EXECUTORS = {
     "aggregate": '\n[[executors]]\nclass = "aggregate"\nname = "parameter-server"\nruntime = "parameter-server"\n',
 }
 
+_MODEL = f"""
+[scheduler.job.model]
+type = "torch"
+seed = 0
+
+[scheduler.job.model.config]
+layers = [["linear", {dataset.INPUTS}, 64], ["tanh"], ["linear", 64, {dataset.CLASSES}]]
+"""
+
+_LANGUAGE_MODEL = f"""
+[scheduler.job.model]
+type = "causal-lm"
+seed = 0
+
+[scheduler.job.model.config]
+model_type = "llama"
+vocab_size = {dataset.TOKENS}
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 2
+num_attention_heads = 2
+"""
+
 _JOB = """\
 state_dir = "../state"
 
@@ -152,13 +178,7 @@ patience_s = 5.0
 name = "{run}"
 dataset = "{dataset}"
 
-[scheduler.job.model]
-type = "torch"
-seed = 0
-
-[scheduler.job.model.config]
-layers = [["linear", {inputs}, 64], ["tanh"], ["linear", 64, {classes}]]
-
+{model}
 [scheduler.job.inner_optimizer]
 learning_rate = 2e-3
 

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from hypha.dataset import open_dataset
 from hypha.protocol.job import ModelSpec
 from hypha.protocol.messages import Contribution, Interval, Merged
+from hypha.scheduler.settings import Settings
 from hypha.scheduler.store import open_store
 from hypha.store.disk import RealDisk
 from hypha.store.objects import open_objects
@@ -67,11 +68,9 @@ class Job:
         return open_store(
             RealDisk(self.state),
             open_objects(str(self.state)),
-            name="job",
             job_id="job-1",
-            manifest_digest="d" * 64,
+            settings=Settings(name="job", manifest_digest="d" * 64, model=ModelSpec(type="torch", config={})),
             slices=open_dataset(self.dataset).manifest.train,
-            model=ModelSpec(type="torch", config={}),
         )
 
     def train(self, store):
@@ -87,7 +86,7 @@ class Job:
             stepped = step(outs, model=model.path, momentum=momentum.path, shares=[share], outer=OUTER)
             store.put("record", number, stepped.record.digest, stepped.record.path)
             entry = store.round_entry(
-                merged_of(number, model.digest, stepped),
+                (merged_of(number, model.digest, stepped),),
                 (contribution_of(number, model.digest, delta),),
                 job_epoch=store.state.job_epoch,
                 nonce=f"n{number}",

@@ -13,7 +13,7 @@ from hypha.network.memory import MemoryFabric
 from hypha.network.memory_faults import FaultProfile
 from hypha.protocol.messages import TOPIC_WORKER, Ack, FetchSlice
 from tests.network.cast import ack, advertisement, fetch, receive_all, status
-from tests.sim.virtual import VirtualRuntime, run_seeded
+from tests.sim.virtual import Clock, VirtualRuntime, run_seeded
 
 ROOT = Path(__file__).parent.parent.parent
 STORMY = FaultProfile(
@@ -34,7 +34,7 @@ NAMES = [f"node-{number}" for number in range(6)]
 
 async def live(fabric: MemoryFabric, name: str, log: list[str]) -> None:
     """Everything a node can do, at moments that its own seeded chance picks."""
-    runtime = VirtualRuntime(fabric.seed, name, rate=1.02, gate=fabric.gate(name))
+    runtime = VirtualRuntime(fabric.seed, name, clock=Clock(rate=1.02), gate=fabric.gate(name))
 
     async def echo(stream, _header) -> None:
         await stream.send_all(await receive_all(stream))

@@ -1,5 +1,7 @@
 """Messages that must arrive: repeated until answered, superseded by newer ones, and nobody waits for anybody else."""
 
+import logging
+
 import pytest
 import trio
 
@@ -116,6 +118,15 @@ async def test_a_final_no_ends_that_message_alone(autojump_clock, scene):
     scene.outbox.put("b", "view", status("two"))
     await trio.sleep(5)
     assert (scene.took["b"], [answer[1] for answer in scene.answers]) == (["two"], ["two"])
+
+
+@pytest.mark.parametrize(("code", "level"), [("refused", logging.INFO), ("stale", logging.DEBUG)])
+async def test_a_no_is_said_but_not_that_something_was_overtaken(autojump_clock, scene, caplog, code, level):
+    scene.refusals = [Refused("round 3 is over", code)]
+    with caplog.at_level(logging.DEBUG, logger="hypha.network.outbox"):
+        scene.outbox.put("b", "view", status("one"))
+        await trio.sleep(5)
+    assert [record.levelno for record in caplog.records if record.message == "Message refused"] == [level]
 
 
 class Broken:

@@ -26,7 +26,8 @@ def book(*members, quorum=1, updates=3, table=None, chain=None, servers=(S,), **
     )
     for shard, server in enumerate(servers):
         round = chain.round if chain else 0
-        assert made.server_ready(server, b"addr", shard=shard, round=round, digest=ZERO, momentum_digest=None) is None
+        held = {"round": round, "digest": ZERO, "momentum_digest": None, "now": 0.0}
+        assert made.server_ready(server, b"addr", shard=shard, **held) is None
     for member in members:
         made.lease_added(member)
         assert made.worker_ready(member, round=made.round - 1, digest=made.base_digest) is None

@@ -7,10 +7,9 @@ import pytest
 from msgspec.structs import replace
 
 from hypha.errors import LocalProtocolError
-from hypha.protocol.closing import CLOSES_PER_EPOCH, Close, Outcome
+from hypha.protocol.closing import CLOSES_PER_EPOCH, Close, Outcome, Waiting
 from hypha.protocol.manifest import ChainState
 from hypha.protocol.messages import Interval, Progress
-from hypha.protocol.rounds import Waiting
 from hypha.protocol.slices import Grant, Later, SliceTable
 from hypha.protocol.tally import Exclude
 from hypha.protocol.views import Part
@@ -170,14 +169,14 @@ def test_no_server_may_join_while_it_is_open_whether_a_step_is_committed():
     rounds = book(A)
     close_round(rounds, A)
     rounds.lease_died(S)
-    ready = {"digest": ZERO, "momentum_digest": None}
+    ready = {"digest": ZERO, "momentum_digest": None, "now": 0.0}
     assert rounds.server_ready(T, b"t", round=0, **ready) == "round 1 is neither committed nor lost yet"
     rounds.committed(1)
     assert rounds.server_ready(T, b"t", round=0, **ready) == "it holds model 0; 1 is committed"
-    assert rounds.server_ready(T, b"t", round=1, **ready).startswith("its model 1 is 000000000000")
+    assert rounds.server_ready(T, b"t", round=1, **ready).startswith("its model is 000000000000")
     digest = "1" * 64
-    assert "momentum" in rounds.server_ready(T, b"t", round=1, digest=digest, momentum_digest=None)
-    assert rounds.server_ready(T, b"t", round=1, digest=digest, momentum_digest=digest) is None
+    assert "momentum" in rounds.server_ready(T, b"t", round=1, digest=digest, momentum_digest=None, now=0.0)
+    assert rounds.server_ready(T, b"t", round=1, digest=digest, momentum_digest=digest, now=0.0) is None
     assert rounds.view(0.0).servers == (T,)
 
 
@@ -186,10 +185,28 @@ def test_after_a_servers_death_only_what_the_new_one_holds_counts():
     made = train(rounds, A, B)
     rounds.lease_died(S)
     assert rounds.decide(0.0) == Waiting(reason="round 1: no parameter server is ready")
-    rounds.server_ready(T, b"t", round=0, digest=ZERO, momentum_digest=None)
+    rounds.server_ready(T, b"t", round=0, digest=ZERO, momentum_digest=None, now=0.0)
     assert rounds.accepted() == {}
     assert report(rounds, *made, server=T) == ()
     assert isinstance(rounds.decide(0.0), Close)
+
+
+def test_a_new_server_gives_the_round_its_whole_time_again():
+    rounds = book(A, B)
+    made = train(rounds, A, B)
+    rounds.lease_died(S)
+    assert rounds.server_ready(T, b"t", round=0, digest=ZERO, momentum_digest=None, now=25.0) is None
+    assert (rounds.deadline, rounds.view(25.0).deadline_s) == (35.0, 10.0)
+    assert report(rounds, made[0], server=T) == ()
+    assert rounds.decide(34.9).reason == "round 1: 1 contributions; waiting for b; 0.1 s to the deadline"
+    assert report(rounds, *made, server=T) == ()
+    assert [peer for peer, _, _ in rounds.decide(34.9).requests[0][1].contributors] == ["a", "b"]
+
+
+def test_a_server_that_says_again_what_it_holds_prolongs_nothing():
+    rounds = book(A)
+    assert rounds.server_ready(S, b"s", round=0, digest=ZERO, momentum_digest=None, now=5.0) is None
+    assert rounds.deadline == 10.0
 
 
 def test_with_several_servers_the_set_to_merge_is_what_all_of_them_hold():
@@ -226,7 +243,7 @@ def test_one_shard_without_a_server_stops_rounds_and_only_its_own_state_will_do(
     assert rounds.decide(99.0).reason == "round 1: no parameter server is ready for shard 1 of 2"
     view = rounds.view(0.0)
     assert (view.servers, view.shards, view.parts) == ((S,), (0,), (ZERO, ZERO))
-    ready = {"round": 0, "digest": ZERO, "momentum_digest": None}
+    ready = {"round": 0, "digest": ZERO, "momentum_digest": None, "now": 0.0}
     assert rounds.server_ready(C, b"c", shard=0, **ready) == "shard 0 is served by another"
     assert rounds.server_ready(C, b"c", shard=2, **ready) == "there is no shard 2 of 2"
     assert rounds.server_ready(C, b"c", shard=1, **ready) is None
@@ -243,8 +260,8 @@ def test_after_a_commit_a_new_server_must_hold_what_its_shard_became():
     rounds.merged(T, merged(close, "2", shard=1), 0.0)
     rounds.committed(1)
     rounds.lease_died(T)
-    held = {"round": 1, "shard": 1, "momentum_digest": "2" * 64}
-    assert rounds.server_ready(C, b"c", digest="1" * 64, **held).startswith("its model 1 is 1111")
+    held = {"round": 1, "shard": 1, "momentum_digest": "2" * 64, "now": 0.0}
+    assert rounds.server_ready(C, b"c", digest="1" * 64, **held).startswith("its model is 1111")
     assert rounds.server_ready(C, b"c", digest="2" * 64, **held) is None
     assert rounds.view(0.0).servers == (S, C)
 
@@ -343,7 +360,7 @@ def test_there_is_no_view_before_a_server_says_what_the_initial_model_is():
     )  # fmt: skip
     assert rounds.view(0.0) is None
     assert rounds.check(progress, "a", (Part.MEMBER,)).retry
-    rounds.server_ready(S, b"s", round=0, digest=ZERO, momentum_digest=None)
+    rounds.server_ready(S, b"s", round=0, digest=ZERO, momentum_digest=None, now=0.0)
     rounds.worker_ready(A, round=0, digest=ZERO)
     assert rounds.check(progress, "a", (Part.MEMBER,)) is None
     assert not rounds.check(progress, "b", (Part.MEMBER,)).retry

@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from hypha.protocol.messages import CloseRound, Contribution, Member, Progress, PushUpdate, RoundView
-from hypha.protocol.views import Observed, Part, ViewGuard, judge, judge_epoch, judge_lease, same_world
+from hypha.protocol.views import Observed, Part, ViewGuard, judge, judge_epoch, judge_lease, refusal, same_world
 
 A = Member(peer_id="a", fence=3, lease_id="lease-a")
 F = Member(peer_id="f", fence=1, lease_id="lease-f")
@@ -80,6 +80,13 @@ def test_each_thing_that_differs_from_the_view_is_named(change, peer, retry, rea
     verdict = judge(VIEW, replace(PROGRESS, **change), peer, (Part.MEMBER,))
     assert reason in verdict.reason
     assert verdict.retry is retry
+
+
+def test_only_what_its_round_left_behind_is_no_news():
+    assert [judge(VIEW, replace(PROGRESS, round=r), "a", (Part.MEMBER,)).over for r in (3, 5)] == [True, False]
+    assert refusal(judge(VIEW, replace(PROGRESS, round=3), "a", (Part.MEMBER,))).code == "stale"
+    assert refusal(judge(VIEW, replace(PROGRESS, fence=2), "a", (Part.MEMBER,))).code == "refused"
+    assert refusal(judge(VIEW, replace(PROGRESS, round=5), "a", (Part.MEMBER,))).code == "retry"
 
 
 def test_an_epoch_is_judged_before_everything_else():

@@ -9,7 +9,8 @@ from hypha.config import load_config
 from hypha.errors import ConfigError
 from hypha.scheduler.config import Config
 from hypha.scheduler.hold import Hold
-from hypha.scheduler.place import await_turn, open_place
+from hypha.scheduler.place import open_place
+from hypha.scheduler.standby import await_turn, open_hold
 from hypha.scheduler.standing import Standing
 from tests.sim.virtual import VirtualRuntime
 
@@ -94,7 +95,8 @@ async def test_a_standby_waits_until_the_hold_has_lapsed_and_the_directory_is_fr
     turned = []
 
     async def stand_by() -> None:
-        await await_turn(config(), VirtualRuntime(1, "standby"), scheduler="standby")
+        runtime = VirtualRuntime(1, "standby")
+        await await_turn(config(), runtime, await open_hold(config(), runtime, scheduler="standby"))
         turned.append(trio.current_time())
 
     began, hold_s = trio.current_time(), config().scheduler.hold_s
@@ -115,7 +117,8 @@ async def test_a_standby_looks_where_the_leader_keeps_its_chain(autojump_clock, 
     hold_s, turned = leader.scheduler.hold_s, []
 
     async def stand_by() -> None:
-        await await_turn(follower, VirtualRuntime(1, "standby"), scheduler="standby")
+        runtime = VirtualRuntime(1, "standby")
+        await await_turn(follower, runtime, await open_hold(follower, runtime, scheduler="standby"))
         turned.append(trio.current_time())
 
     async with trio.open_nursery() as nursery:

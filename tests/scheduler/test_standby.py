@@ -1,5 +1,6 @@
 """A standby takes over when the leader's hold on the store lapses, under a higher epoch; the deposed leader stops."""
 
+import msgspec
 import pytest
 import trio
 from msgspec.structs import replace
@@ -150,6 +151,43 @@ async def test_a_store_that_cannot_be_written_is_said_and_the_leader_leads_on(au
         await hold.keep(lambda: None, standing)
     assert leading.cancelled_caught
     assert "The hold on the job's store cannot be renewed" in standing.words()
+
+
+async def test_of_two_standbys_that_see_the_hold_lapse_at_once_one_takes_over_and_the_other_waits(autojump_clock):
+    disk = MemoryDisk(seed=1)
+    objects = DirectoryObjects(disk, new_id=iter(map(str, range(1000))).__next__)
+    took = []
+
+    async def wait(name):
+        hold = Hold(objects, VirtualRuntime(1, name), scheduler=name, hold_s=HOLD_S)
+        await hold.lapsed()
+        took.append((name, trio.current_time()))
+        if len(took) == 1:
+            with trio.move_on_after(5 * HOLD_S):
+                await hold.keep(lambda: None, Standing())
+
+    async with trio.open_nursery() as nursery:
+        for name in ("b", "c", "d"):
+            nursery.start_soon(wait, name)
+        await trio.sleep(4 * HOLD_S)
+        assert len(took) == 1
+        assert objects.read(objects.names("hold")[0]) == msgspec.json.encode(Beat(scheduler=took[0][0], hold_s=HOLD_S))
+        await trio.sleep(20 * HOLD_S)
+    assert sorted(name for name, _ in took) == ["b", "c", "d"]
+    assert took[1][1] >= took[0][1] + 5 * HOLD_S
+    assert took[2][1] >= took[1][1] + HOLD_S
+
+
+async def test_a_beat_that_cannot_be_read_lapses_like_any_other(autojump_clock):
+    disk = MemoryDisk(seed=1)
+    objects = DirectoryObjects(disk, new_id=iter(map(str, range(1000))).__next__)
+    theirs, mine = (Hold(objects, VirtualRuntime(1, name), scheduler=name, hold_s=HOLD_S) for name in "ab")
+    with trio.move_on_after(1.0):
+        await theirs.keep(lambda: None, Standing())
+    disk.corrupt(objects.names("hold")[0], 0)
+    began = trio.current_time()
+    await mine.lapsed()
+    assert trio.current_time() == pytest.approx(began + HOLD_S, abs=0.1)
 
 
 async def test_numbers_that_another_scheduler_took_meanwhile_are_passed_over(autojump_clock):

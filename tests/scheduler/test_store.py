@@ -1,14 +1,15 @@
 """A job's store: whose it is, where it can resume, what its journal remembers."""
 
 from contextlib import contextmanager
-from hashlib import sha256
 
 import pytest
 import trio
+from blake3 import blake3
 from msgspec.structs import replace
 
 from hypha.errors import ConfigError, StoreError
-from hypha.protocol.job import ModelSpec
+from hypha.protocol.compression import Compression
+from hypha.protocol.job import ModelSpec, OuterOptimizer
 from hypha.protocol.messages import Contribution, Interval, Member, Merged, SliceRef
 from hypha.protocol.resources import Resources
 from hypha.protocol.slices import Grant
@@ -16,6 +17,7 @@ from hypha.protocol.tally import Exclude
 from hypha.scheduler.config import CheckpointConfig
 from hypha.scheduler.records import Granted, LeaseHeld
 from hypha.scheduler.scribe import Scribe
+from hypha.scheduler.settings import AnotherJob, Settings
 from hypha.scheduler.standing import Standing
 from hypha.scheduler.store import Deposed, open_store
 from hypha.store.blobs import Artifact
@@ -25,7 +27,7 @@ from tests.sim.virtual import VirtualRuntime
 
 SLICES = (SliceRef(name="s0", samples=100, bytes=1, digest="0" * 64),)
 MODEL = ModelSpec(type="causal-lm", config={"model_type": "llama", "hidden_size": 64})
-MANIFEST = "d" * 64
+SETTINGS = {"manifest_digest": "d" * 64, "model": MODEL}
 A = Member(peer_id="a", fence=1, lease_id="lease-a")
 
 
@@ -46,15 +48,13 @@ def disk():
 
 
 @contextmanager
-def opened(disk, *, objects=None, job_id="job-1", manifest_digest=MANIFEST, model=MODEL, name="job"):
+def opened(disk, *, objects=None, job_id="job-1", name="job", **settings):
     with open_store(
         disk,
         objects or DirectoryObjects(disk, new_id=Ids()),
-        name=name,
         job_id=job_id,
-        manifest_digest=manifest_digest,
+        settings=Settings(name=name, **(SETTINGS | settings)),
         slices=SLICES,
-        model=model,
     ) as store:
         yield store, store.load()
 
@@ -64,7 +64,7 @@ def content(kind, round_made, version=""):
 
 
 def digest(kind, round_made, version=""):
-    return sha256(content(kind, round_made, version)).hexdigest()
+    return blake3(content(kind, round_made, version)).hexdigest()
 
 
 def put(store, tmp_path, kind, round_made, version=""):
@@ -132,28 +132,60 @@ def test_a_store_opened_again_is_the_same_job_where_it_was(disk, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (
-            {"manifest_digest": "e" * 64},
-            "scheduler.job.dataset: .* was begun on manifest dddddddddddd, not eeeeeeeeeeee",
-        ),
+        ({"manifest_digest": "e" * 64}, "scheduler.job.dataset was 'ddddd.*', is 'eeeee"),
         (
             {"model": replace(MODEL, config={"model_type": "llama", "hidden_size": 128})},
-            "scheduler.job.model.config.hidden_size: .* was begun with 64, not 128; .*--fresh",
+            "scheduler.job.model.config.hidden_size was 64, is 128; .*--fresh",
         ),
-        ({"model": replace(MODEL, seed=3)}, "scheduler.job.model.seed: .* was begun with None, not 3"),
+        (
+            {"model": replace(MODEL, config={"model_type": "llama", "hidden_size": 64, "layers": 2})},
+            "scheduler.job.model.config.layers was not given, is 2",
+        ),
+        ({"model": replace(MODEL, seed=3)}, "scheduler.job.model.seed was 0, is 3"),
+        ({"outer_optimizer": OuterOptimizer(momentum=0.5)}, "scheduler.job.outer_optimizer.momentum was 0.9, is 0.5"),
+        (
+            {"compression": Compression(outer_updates="int8")},
+            "scheduler.job.compression.outer_updates was 'none', is 'int8'",
+        ),
     ],
 )
-def test_another_dataset_or_model_is_refused_by_name(disk, changes, said):
+@pytest.mark.parametrize("journal", ["kept", "lost"])
+def test_a_job_that_was_begun_otherwise_is_refused_by_key_and_stays_as_it_is(disk, journal, changes, said):
+    objects = DirectoryObjects(disk, new_id=Ids())
+    with opened(disk, objects=objects) as (store, _):
+        store.begin_epoch(scheduler="s", nonce="n")
+    before = objects.read("chain/00000000")
+    there = disk if journal == "kept" else MemoryDisk()
+    with pytest.raises(AnotherJob, match=said), opened(there, objects=objects, **changes):
+        pass
+    assert objects.names("chain") == ["chain/00000000"]
+    assert objects.read("chain/00000000") == before
+    with opened(disk, objects=objects) as (store, _):
+        assert store.state.job_epoch == 1
+
+
+def test_other_settings_are_refused_before_anything_was_committed(disk):
     with opened(disk):
         pass
-    with pytest.raises(ConfigError, match=said), opened(disk, **changes):
+    with pytest.raises(AnotherJob, match=r"state_dir \(job job-1\) holds .*seed was 0, is 3"):
+        opened(disk, model=replace(MODEL, seed=3)).__enter__()
+
+
+def test_the_chain_of_another_job_beside_the_journal_is_refused_naming_both(disk):
+    theirs = DirectoryObjects(MemoryDisk(), new_id=Ids())
+    with opened(MemoryDisk(), objects=theirs, job_id="theirs-1") as (store, _):
+        store.begin_epoch(scheduler="s", nonce="n")
+    with opened(disk, job_id="mine-1"):
+        pass
+    both = "journal in state_dir is of job mine-1, the chain in the checkpoint store of job theirs-1"
+    with pytest.raises(ConfigError, match=both), opened(disk, objects=theirs):
         pass
 
 
 def test_another_jobs_journal_is_refused(disk):
     with opened(disk, name="theirs"):
         pass
-    with pytest.raises(StoreError, match="belongs to 'theirs', not to 'job'"), opened(disk):
+    with pytest.raises(ConfigError, match=r"state_dir: .*belongs to 'theirs', not to 'job'"), opened(disk):
         pass
 
 

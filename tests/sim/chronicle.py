@@ -18,48 +18,12 @@ import trio
 
 from hypha.network.memory_faults import Event
 from hypha.telemetry.logs import FIELDS
+from tests.sim.kinds import NOTED, SAID
 
 NODE: ContextVar[str] = ContextVar("node", default="-")
 LOGGER = "hypha"
 # Outcomes of messages that the network caused.
 STRUCK = ("lost", "cut", "duplicated", "delayed")
-# What roles log, and what executors note, when something rare happens.
-SITUATIONS = {
-    "Lease lost": "lease lost by its holder",
-    "Lease not had": "offer not had",
-    "Lease expired": "lease expired at its grantor",
-    "Offer lapsed": "offer lapsed",
-    "Offer not taken": "offer not taken",
-    "Worker lost": "worker lost",
-    "Executor failed": "executor failed",
-    "Job failed": "job failed at a worker",
-    "Outer step lost": "outer step lost",
-    "Update refused": "update refused",
-    "Contribution excluded": "contribution excluded",
-    "Close refused": "close refused",
-    "Merge not taken": "merge not taken",
-    "Base not fetched yet": "base not fetched at first",
-    "Update not delivered yet": "update not delivered at first",
-    "Outer update not delivered yet": "outer update not delivered at first",
-    "Provider failed": "provider failed",
-    "No samples": "samples refused",
-    "Job not taken": "job not taken",
-    "Worker adopted": "lease adopted",
-    "Worker not adopted": "lease not adopted",
-    "State not fetched yet": "state not fetched at first",
-    "Outer update not taken": "outer update not taken",
-    "Checkpoint unusable, an older one is tried": "older checkpoint tried",
-}
-NOTED = (
-    ("that the quorum asks", "below the quorum at the deadline"),
-    ("are not a step", "only empty contributions"),
-    ("Too few workers", "too few workers"),
-    ("back to round", "went back to a kept round"),
-    ("told to rebase", "rebase"),
-    ("sent again", "update sent again"),
-    ("restored from round", "parameter server restored"),
-    ("leads elsewhere", "update that leads elsewhere"),
-)
 
 
 class Chronicle(logging.Handler):
@@ -88,7 +52,7 @@ class Chronicle(logging.Handler):
 
     def note(self, name: str, what: str) -> None:
         """Put down what a node did, or what was done to it."""
-        self._put(f"{trio.current_time():.6f} {name} {what}")
+        self._put_words(f"{trio.current_time():.6f} {name} {what}")
 
     def struck(self, kind: str, name: str, what: str) -> None:
         """Put down a fault, and count it."""
@@ -106,17 +70,20 @@ class Chronicle(logging.Handler):
         if record.exc_info and record.exc_info[1] is not None:
             said += f" !! {type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
             self.bugs.append(said)
-        self._put(f"{trio.current_time():.6f} {NODE.get()} {said}")
+        self._put_words(f"{trio.current_time():.6f} {NODE.get()} {said}")
 
     def situations(self) -> Counter[str]:
         """How often rare situations were told of."""
-        return self.noted + Counter({name: self.said[message] for message, name in SITUATIONS.items()})
+        return self.noted + Counter({name: self.said[message] for message, name in SAID.items()})
+
+    def _put_words(self, line: str) -> None:
+        for words, situation in NOTED.items():
+            if words in line:
+                self.noted[situation] += 1
+        self._put(line)
 
     def _put(self, line: str) -> None:
         self.lines.append(line)
-        for words, situation in NOTED:
-            if words in line:
-                self.noted[situation] += 1
         for watcher in self._watchers:
             watcher()
 

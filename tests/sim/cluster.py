@@ -1,43 +1,54 @@
 """A whole cluster in one process and in virtual time: it starts, runs a job, has faults, heals and is looked over.
 
     Scenario(faults=(Fault(at_s=3.0, kind="crash-worker-2", for_s=5.0), Fault(…)))   drawn from a seed, or written down
-        └─▶ simulate(scenario, root) ─▶ Report: the event log, what struck, what was reached, what was broken
+        └─▶ Cluster(scenario, root) ─▶ running(), finish() ─▶ broken, chronicle, situations
 
 Everything that happens is in `chronicle`; after every line of it the invariants are checked.
 """
 
-import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import trio
-from msgspec import Struct
 
-from hypha.errors import HyphaError
+from hypha.errors import HyphaError, StoreError
 from hypha.network.memory import MemoryFabric
+from hypha.protocol.codec import decode
 from hypha.protocol.job import ModelSpec, OuterOptimizer, Rounds
+from hypha.protocol.messages import Merged
 from hypha.protocol.resources import Resources
 from hypha.scheduler.config import CheckpointConfig, JobConfig, JobResources, SchedulerTable
 from hypha.scheduler.config import Config as SchedulerConfig
+from hypha.scheduler.store import Deposed
+from hypha.store.memory_disk import MemoryDisk
 from tests.sim import dataset
 from tests.sim.chronicle import NODE, Chronicle
-from tests.sim.executors import Pace, SimExecutor
+from tests.sim.executors import Pace
+from tests.sim.flavours import CALM
 from tests.sim.invariants import Broken, Invariants
-from tests.sim.machines import PEM, DataMachine, GatewayMachine, Machine, SchedulerMachine, WorkerMachine
-from tests.sim.scenario import CALM, SLOW_DISK_S, Fault, Scenario
-from tests.sim.virtual import NodeCrashed, Power, VirtualRuntime, run_seeded
+from tests.sim.kinds import CLOCK_OFF, SLOW_DISK
+from tests.sim.machines import PEM, DataMachine, GatewayMachine, Machine, SchedulerMachine, TwinMachine, WorkerMachine
+from tests.sim.scenario import HOLD_S, SLOW_DISK_S, Scenario
+from tests.sim.situations import Situations
+from tests.sim.strikes import Strikes
+from tests.sim.virtual import NodeCrashed, VirtualRuntime
+from tests.sim.wall import Wall
 
 # A seed that does more than this goes round in circles.
 EVENTS_MAX = 150_000
-# So many turns of trio's loop without any time passing are a task that spins.
-STANDSTILL_MAX = 20_000
 # After the job is over: time to say goodbye, to kill executors and for leases to be given back.
 GOODBYE_TTLS = 2.5
 MODEL_SEED = 7
 OUTER = OuterOptimizer(learning_rate=0.7, momentum=0.9)
+# Whoever watches over a scheduler starts it again so long after it ended.
+SUPERVISED_S = 1.0
+# A second scheduler on one journal is refused sooner.
+TWIN_S = 5.0
+POLL_S = 0.1
+# A clock this much off its rate counts as one that is.
+CLOCK_OFF_SHARE = 0.01
 
 
 M = TypeVar("M", bound=Machine)
@@ -52,12 +63,18 @@ class Cluster:
         self.fabric = MemoryFabric(scenario.seed, scenario.profile)
         self.machines: dict[str, Machine] = {}
         self.broken: Broken | None = None
+        self.wall = Wall()
+        self.joined: set[str] = set()
+        self.decayed = False  # a checkpoint was
+        self.power_lost: Callable[[Machine], None] = self.take_down
         self._root = root
         self._over = trio.Event()
         self._nursery: trio.Nursery
         self._striking = trio.CancelScope()
         self._build()
+        self.situations = Situations(self)
         self.invariants = Invariants(self)
+        self.strikes = Strikes(self)
         self.fabric.on_event(self.chronicle.network)
         self.fabric.on_answer(self._answered)
         self.chronicle.watch(self._check)
@@ -67,15 +84,32 @@ class Cluster:
     def _build(self) -> None:
         scenario = self.scenario
         files = dataset.write(self._root / "dataset", scenario.slices)
-        self._add(GatewayMachine, "gateway-0")
+        for number in range(scenario.gateways):
+            self._add(GatewayMachine, f"gateway-{number}")
         for number in range(scenario.data_nodes):
             self._add(DataMachine, f"data-{number}").dataset = files
         for number in range(scenario.trainers + scenario.parameter_servers + scenario.spares):
-            worker = self._add(WorkerMachine, f"worker-{number}")
-            worker.ttl_s, worker.chronicle = scenario.ttl_s, self.chronicle
-            if number < len(scenario.paces):
-                worker.pace = Pace(batch_s=scenario.paces[number])
-        self._add(SchedulerMachine, "scheduler").config = self._config()
+            self._add_worker(f"worker-{number}", number)
+        first = self._add(SchedulerMachine, "scheduler")
+        first.config = self._config()
+        self.store = first.disk
+        if scenario.standby:
+            self._share_store(first)
+
+    def _add_worker(self, name: str, number: int) -> None:
+        worker, paces = self._add(WorkerMachine, name), self.scenario.paces
+        worker.ttl_s, worker.chronicle = self.scenario.ttl_s, self.chronicle
+        if paces and (number < len(paces) or name in self.joined):
+            worker.pace = Pace(batch_s=paces[number % len(paces)])
+
+    def _share_store(self, first: SchedulerMachine) -> None:
+        """Put the job's store where two schedulers reach it."""
+        self.store = MemoryDisk(seed=self.scenario.seed)
+        second = self._add(SchedulerMachine, "standby")
+        second.config, second.stands_by = first.config, True
+        for each in (first, second):
+            each.keep_objects_on(self.store)
+            each.on_turn = lambda: self.reach("standby take-over")
 
     def _add(self, kind: type[M], name: str) -> M:
         rates = self.scenario.rates
@@ -83,6 +117,8 @@ class Cluster:
         # Nobody's clock shows what another's shows.
         machine = kind(name, self._root / name, rate=rate, offset=1000.0 * len(self.machines))
         self.machines[name] = machine
+        if abs(rate - 1) > CLOCK_OFF_SHARE:
+            self.chronicle.faults[CLOCK_OFF] += 1
         return machine
 
     def _config(self) -> SchedulerConfig:
@@ -102,6 +138,7 @@ class Cluster:
             resources=JobResources(
                 workers=scenario.trainers,
                 min_workers=1,
+                max_workers=scenario.trainers + scenario.growth,
                 parameter_servers=scenario.parameter_servers,
                 executor="sim",
                 worker=Resources(cpu=1.0),
@@ -109,7 +146,7 @@ class Cluster:
             ),
             checkpoint=CheckpointConfig(every=scenario.checkpoint_every, keep=2),
         )
-        table = SchedulerTable(job=job, welcome_s=1.0, retry_s=0.5, patience_s=2.0)
+        table = SchedulerTable(job=job, welcome_s=1.0, retry_s=0.5, patience_s=2.0, hold_s=HOLD_S)
         return SchedulerConfig(cert_pem=PEM, key_pem=PEM, trust_pem=PEM, scheduler=table)
 
     # --- running --------------------------------------------------------------------------------------------------
@@ -117,13 +154,13 @@ class Cluster:
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Cluster"]:
         """Start everything; whatever still runs is taken down at the end."""
-        with self.chronicle.listening():
+        with self.chronicle.listening(), self.wall.shown():
             async with trio.open_nursery() as self._nursery:
-                for name in self.machines:
+                for name in list(self.machines):
                     self.start(name)
                 self._nursery.start_soon(self._strike_all)
                 if self.scenario.disk_s >= SLOW_DISK_S:
-                    self.chronicle.struck("slow disk", "scheduler", f"takes {self.scenario.disk_s:g} s for each write")
+                    self.chronicle.struck(SLOW_DISK, "scheduler", f"takes {self.scenario.disk_s:g} s for each write")
                 yield self
                 self._nursery.cancel_scope.cancel()
 
@@ -132,14 +169,12 @@ class Cluster:
         self._nursery.start_soon(self._live, self.machines[name])
 
     async def _live(self, machine: Machine) -> None:
-        machine.incarnation += 1
-        machine.power = Power()
+        machine.boot(lambda: self.power_lost(machine))
         machine.runtime = VirtualRuntime(
             self.scenario.seed,
             machine.name,
             incarnation=machine.incarnation,
-            rate=machine.rate,
-            offset=machine.offset,
+            clock=machine.clock,
             blocking_s=self.scenario.disk_s if machine.role == "scheduler" else self.scenario.blocking_s,
             gate=self.fabric.gate(machine.name),
             power=machine.power,
@@ -153,10 +188,29 @@ class Cluster:
             pass
         except* HyphaError as errors:
             self.chronicle.note(machine.name, f"role ended: {_words(errors)}")
-            if isinstance(machine, SchedulerMachine):
-                self._break("the job failed", _words(errors))
+            self._ended(machine, errors)
         finally:
             machine.is_up = False
+
+    def _ended(self, machine: Machine, errors: BaseExceptionGroup[HyphaError]) -> None:
+        """A role ended with an error: where the reason may be over by then, it is started again."""
+        troubled, deposed = trio.current_time() < machine.troubled_until, errors.subgroup(Deposed) is not None
+        if isinstance(machine, TwinMachine):
+            if "in use by another process" in _words(errors):
+                self.reach("second scheduler on one journal refused")
+        elif deposed and self.scenario.standby and isinstance(machine, SchedulerMachine):
+            self.reach("deposed scheduler")
+            machine.stands_by = True
+            self._nursery.start_soon(self._supervise, machine)
+        elif errors.subgroup(StoreError) is not None and troubled:
+            self.reach("started again after a disk error")
+            self._nursery.start_soon(self._supervise, machine)
+        elif isinstance(machine, SchedulerMachine):
+            self._break("the job failed", _words(errors))
+
+    async def _supervise(self, machine: Machine) -> None:
+        await trio.sleep(SUPERVISED_S)
+        self.start_again(machine)
 
     async def finish(self) -> None:
         """Wait for the end of the job, for as long as it may take, and look the cluster over."""
@@ -165,16 +219,20 @@ class Cluster:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._heal)
                 nursery.start_soon(self._end_with, nursery)
-                await self.scheduler.finished.wait()
+                await self._finished()
                 nursery.cancel_scope.cancel()
         if patience.cancelled_caught:
-            waited = self.scheduler.waiting()
+            waited = "; ".join(each.waiting() for each in self.schedulers)
             self._break("L7 progress returns after the network heals", f"not finished in time; waiting for: {waited}")
         self._striking.cancel()
         self._make_whole()
         if self.broken is None:
             await trio.sleep(GOODBYE_TTLS * scenario.ttl_s)
             self.invariants.at_the_end()
+
+    async def _finished(self) -> None:
+        while not any(each.finished.is_set() for each in self.schedulers):  # noqa: ASYNC110 - virtual time
+            await trio.sleep(POLL_S)
 
     def _make_whole(self) -> None:
         """End every fault that is still there: what stands still goes on, what is cut heals, what is down starts."""
@@ -183,8 +241,9 @@ class Cluster:
         for machine in self.machines.values():
             if self.fabric.gate(machine.name).stopped:
                 self.fabric.go(machine.name)
-            if not machine.is_up and not isinstance(machine, SchedulerMachine):
-                self.start(machine.name)
+            machine.power.full = False
+            if not isinstance(machine, SchedulerMachine):
+                self.start_again(machine)
 
     async def _end_with(self, nursery: trio.Nursery) -> None:
         await self._over.wait()
@@ -201,14 +260,19 @@ class Cluster:
             return
         if len(self.chronicle.lines) > EVENTS_MAX:
             self._break("the cluster comes to rest", f"more than {EVENTS_MAX} events")
+        self.situations.look()
         try:
             self.invariants.check()
         except Broken as broken:
             self._break(broken.invariant, broken.how)
 
     def _answered(self, asker: str, answerer: str, request: bytes, reply: bytes) -> None:
+        message, answer = decode(request), decode(reply)
+        self.situations.answered(asker, answerer, message, answer)
+        if isinstance(answer, Merged):
+            self.strikes.happens("merger", answerer)
         try:
-            self.invariants.answered(asker, answerer, request, reply)
+            self.invariants.answered(asker, answerer, message, answer)
         except Broken as broken:
             self._break(broken.invariant, broken.how)
 
@@ -233,6 +297,12 @@ class Cluster:
         return machine
 
     @property
+    def schedulers(self) -> list[SchedulerMachine]:
+        """All schedulers' machines, the one that began its job epoch last at the end."""
+        found = [machine for machine in self.machines.values() if isinstance(machine, SchedulerMachine)]
+        return sorted(found, key=lambda machine: machine.job_epoch)
+
+    @property
     def workers(self) -> list[WorkerMachine]:
         """The workers' machines."""
         return [machine for machine in self.machines.values() if isinstance(machine, WorkerMachine)]
@@ -245,144 +315,55 @@ class Cluster:
             if machine.is_up and (work in machine.work() if work is not None else not machine.work())
         ]
 
+    def reach(self, situation: str) -> None:
+        """Count a rare situation."""
+        self.situations.reached[situation] += 1
+
     # --- faults ---------------------------------------------------------------------------------------------------
 
     async def _strike_all(self) -> None:
         with self._striking:
-            async with trio.open_nursery() as nursery:
-                for fault in self.scenario.faults:
-                    nursery.start_soon(self._strike, fault)
+            await self.strikes.run()
 
-    async def _strike(self, fault: Fault) -> None:
-        await trio.sleep(fault.at_s)
-        how, _, target = fault.kind.partition("-")
-        found = self._targets(target)
-        if not found:
-            self.chronicle.note("-", f"no {target} to {how}")
+    def take_down(self, machine: Machine, *, silent: bool = False) -> None:
+        """Let a machine crash, and the store with it where it was in the midst of a write there."""
+        if not machine.is_up or machine.power.off:
             return
-        name = found[int(fault.pick * len(found))].name
-        await self._faults[how](self, name, target, fault.for_s)
+        self.situations.dies(machine)
+        machine.crash()
+        if self.store.is_down:
+            self.store.crash()
+        self.fabric.crash(machine.name, silent=silent)
 
-    def _targets(self, target: str) -> list[Machine]:
-        match target:
-            case "trainer":
-                return list(self.working("train"))
-            case "server":
-                return list(self.working("aggregate"))
-            case "spare":
-                return list(self.working(None))
-            case _:
-                named = [each for each in self.machines.values() if target in (each.role, each.name)]
-                return [each for each in named if each.is_up]
+    def start_again(self, machine: Machine) -> None:
+        """Start a machine that is down, unless it is gone for ever."""
+        if not machine.is_up and not machine.gone:
+            self.chronicle.note(machine.name, "starts again")
+            self.start(machine.name)
 
-    async def crash(self, name: str, target: str, for_s: float, *, silent: bool = False) -> None:
-        """Let a machine go down without warning, and start again after a while."""
-        self.chronicle.struck(f"crash of a {target}", name, "crashes" + (" silently" if silent else ""))
-        self.machines[name].crash()
-        self.fabric.crash(name, silent=silent)
-        await trio.sleep(for_s)
-        if not self.machines[name].is_up:
-            self.chronicle.note(name, "starts again")
-            self.start(name)
+    async def until_down(self, machine: Machine) -> None:
+        """Wait until nothing of it runs."""
+        while machine.is_up:  # noqa: ASYNC110 - virtual time
+            await trio.sleep(POLL_S)
 
-    async def pause(self, name: str, target: str, for_s: float) -> None:
-        """Let a machine stand still for a while, as SIGSTOP of everything on it does."""
-        self.chronicle.struck(f"pause of a {target}", name, f"stands still for {for_s:g} s")
-        self.fabric.stop(name)
-        await trio.sleep(for_s)
-        self.fabric.go(name)
+    def join(self, name: str) -> None:
+        """Let one more worker come."""
+        self.joined.add(name)
+        self._add_worker(name, len(self.workers))
+        self.start(name)
 
-    async def cut(self, name: str, target: str, for_s: float, *, one_way: bool = False) -> None:
-        """Cut a trainer from the scheduler, anything else from the workers, for a while."""
-        others = ["scheduler"] if target == "trainer" else [each.name for each in self.workers if each.name != name]
-        self.chronicle.struck(f"cut of a {target}", name, f"is cut from {', '.join(others)} for {for_s:g} s")
-        for other in others:
-            self.fabric.partition(name, other, one_way=one_way)
-        await trio.sleep(for_s)
-        for other in others:
-            self.fabric.heal(name, other)
+    async def start_twin(self, first: SchedulerMachine) -> None:
+        """Start a second scheduler on the first one's disk, and end it where it was not refused."""
+        twin = self._add(TwinMachine, f"twin-{len(self.machines)}")
+        twin.share(first)
+        twin.gone = True
+        self.start(twin.name)
+        await trio.sleep(TWIN_S)
+        self.take_down(twin)
 
-    async def executor_fails(self, name: str, _target: str, _for_s: float, *, how: str) -> None:
-        """Let the executors of a worker exit or stall, while the worker lives."""
-        self.chronicle.struck(f"{how} of an executor", name, f"has its executors {how}")
-        for executor in self.executors(name):
-            executor.fail(how)
-
-    def executors(self, name: str) -> list[SimExecutor]:
-        """The executors that run on a worker."""
-        machine = self.machines[name]
-        assert isinstance(machine, WorkerMachine)
-        return machine.executors()
-
-    _faults = {  # noqa: RUF012 - a table of methods
-        "crash": crash,
-        "silent": partial(crash, silent=True),
-        "pause": pause,
-        "cut": cut,
-        "oneway": partial(cut, one_way=True),
-        "exit": partial(executor_fails, how="exit"),
-        "stall": partial(executor_fails, how="stall"),
-    }
-
-
-class Standstill(trio.abc.Instrument):
-    """Ends a simulation in which virtual time stands still because a task never sleeps."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self._turns = 0
-        self._now = -1.0
-
-    def before_io_wait(self, timeout: float) -> None:
-        """Count the turns of trio's loop."""
-        now = trio.current_time()
-        self._turns = self._turns + 1 if now == self._now else 0
-        self._now = now
-        if self._turns > STANDSTILL_MAX:
-            self._cluster.give_up("no task spins", f"{self._turns} turns at {now:.6f}")
-
-
-class Report(Struct, frozen=True, kw_only=True):
-    """What became of one seed."""
-
-    scenario: Scenario
-    broken: str | None
-    lines: tuple[str, ...]
-    simulated_s: float
-    faults: dict[str, int]
-    situations: dict[str, int]
-
-
-def simulate(scenario: Scenario, root: Path) -> Report:
-    """Run one scenario to its end, in an empty directory."""
-    cluster = Cluster(scenario, root)
-    simulated_s = 0.0
-    try:
-        simulated_s = run_seeded(scenario.seed, _simulate, cluster)
-    except Exception as error:  # noqa: BLE001 - whatever escapes from a role is what this looks for
-        cluster.broken = cluster.broken or Broken("no exception escapes", "; ".join(_leaves(error)))
-    return Report(
-        scenario=scenario,
-        broken=None if cluster.broken is None else str(cluster.broken),
-        lines=tuple(cluster.chronicle.lines),
-        simulated_s=simulated_s,
-        faults=dict(sorted(cluster.chronicle.faults.items())),
-        situations=cluster.invariants.situations(),
-    )
-
-
-def _leaves(error: BaseException) -> list[str]:
-    if isinstance(error, BaseExceptionGroup):
-        return [words for each in error.exceptions for words in _leaves(each)]
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return [f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno} in {where.name})"]
-
-
-async def _simulate(cluster: Cluster) -> float:
-    trio.lowlevel.add_instrument(Standstill(cluster))
-    async with cluster.running():
-        await cluster.finish()
-    return trio.current_time()
+    def disk_struck(self, machine: Machine, pick: float) -> MemoryDisk:
+        """Which disk a fault of this machine's is about: a scheduler's journal and its store may be apart."""
+        return self.store if isinstance(machine, SchedulerMachine) and int(pick * 100) % 2 else machine.disk
 
 
 def _words(errors: BaseExceptionGroup[HyphaError]) -> str:

@@ -3,17 +3,20 @@
 launch ─▶ starting (what importing torch costs) ─▶ Trainer | Aggregator ─▶ exit 0, 1
    └─ leaving ─▶ cancelled ─▶ the time a killed process takes to be gone ─▶ gone
 fail("exit") ends one with a signal; fail("stall") lets it stand still, alive and silent
+`spoils`: its next update has numbers in it that are none
 """
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
+import numpy as np
 import trio
 
 from hypha.errors import HyphaError
-from hypha.protocol.bridge import ExecutorFailed
+from hypha.protocol.bridge import ExecutorFailed, Send
 from hypha.worker.process import Executor, Launch
+from tests.sim import weights
 from tests.sim.aggregator import Aggregator
 from tests.sim.line import BridgeRefused, Line
 from tests.sim.trainer import Trainer
@@ -40,6 +43,8 @@ class SimExecutor:
         self._runtime = runtime
         self._pace = pace
         self._note = note
+        self.spoils = False
+        self._line: Line | None = None
         self._stalled = False
         self._lines: list[str] = []
         self._code: int | None = None
@@ -69,9 +74,24 @@ class SimExecutor:
             self._code = SIGKILL
             self._scope.cancel()
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether it is delivering an update."""
+        return self._line is not None and self._line.is_sending
+
+    def _spoil(self, update: Send) -> Send:
+        """Replace an update by one that is not finite, where that is wanted."""
+        if not self.spoils or not update.samples:
+            return update
+        self.spoils = False
+        self.note("sends an update that is not finite")
+        path = self.what.directory / f"{update.file.path}.spoilt"
+        file = weights.write(path, np.full(weights.ELEMENTS, np.nan, np.float32), self.what.directory)
+        return msgspec.structs.replace(update, file=file)
+
     async def run(self) -> None:
         """Live, from the start to the exit."""
-        line = Line(self.what.session, self._runtime)
+        line = self._line = Line(self.what.session, self._runtime, self._spoil)
         try:
             with self._scope:
                 async with trio.open_nursery() as self.nursery:

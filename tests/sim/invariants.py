@@ -1,20 +1,21 @@
 """L1 to L7 of the design, as far as they can be seen from outside, looked at after every event.
 
     state of the roles   capacity, jobs under live leases, the holder stops first, silence frees     L1 L3 L4
-    requests answered    views never go back, one Committed for each round                           L2 L5
-    the chain            every new entry: who was counted, which samples, which model                L2 L5 L6
+                         nobody's newest view goes back; what is held is of the open base            L2
+    requests answered    newest epoch and view only, one Committed for each round, no used samples   L2 L5 L6
+    the chain            every new entry: who was counted, how many, which samples, which model      L2 L5 L6
+    the journal          opened again: everything that it acknowledged is there                      L5 L6
     at the end           all rounds, the reference's model, nothing left behind                      L3 L5 L6
 
 Whatever is allowed depends on clocks, so deadlines are judged by the clock of the machine that owns them.
 """
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import trio
 
+from hypha.errors import StoreError
 from hypha.protocol import manifest
-from hypha.protocol.codec import decode
 from hypha.protocol.lease import LIVING, State
 from hypha.protocol.manifest import RoundCommitted
 from hypha.protocol.messages import (
@@ -24,20 +25,23 @@ from hypha.protocol.messages import (
     Member,
     Merged,
     Message,
+    Renewed,
     RenewLease,
     RoundView,
     SliceGrant,
     SliceRequest,
 )
 from hypha.protocol.shards import kind_of
-from hypha.scheduler.coordinator import Coordinator
-from hypha.store.blobs import Artifact
+from hypha.store.blobs import Artifact, Blobs
 from hypha.store.chain import Chain
+from hypha.store.objects import DirectoryObjects
+from hypha.worker.aggregator import AggregateSession
+from hypha.worker.session import Session
+from tests.sim.machines import SchedulerMachine, WorkerMachine, unseen
 from tests.sim.reference import Reference
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
-    from tests.sim.machines import WorkerMachine
 
 # How long after its lease's death an executor may still be there: a sweep, the kill, and a clock 5 % slow.
 KILLED_WITHIN_S = 1.0
@@ -65,8 +69,9 @@ class Invariants:
             outer=OUTER,
             shards=cluster.scenario.parameter_servers,
         )
-        self._chain = Chain(cluster.scheduler.objects)
-        self._rounds_told = 0
+        self._objects = DirectoryObjects(cluster.store)
+        self._chain = Chain(self._objects)
+        self._operations = 0
         self._members: dict[tuple[int, int], set[Member]] = {}  # by (job epoch, round): in any view of it
         self._fences: dict[tuple[str, int], str] = {}
         self._dead_since: dict[str, float] = {}
@@ -74,7 +79,8 @@ class Invariants:
         self._committed: dict[int, str] = {}
         self._merged: dict[tuple[int, str], str] = {}  # by close and lease
         self._seen_view: dict[str, tuple[int, int]] = {}
-        self._situations: Counter[str] = Counter()
+        self._standing: dict[str, tuple[int, int]] = {}  # newest view of each session, by lease
+        self._epochs: dict[str, int] = {}  # newest that renewed, by lease
 
     # --- after every event ----------------------------------------------------------------------------------------
 
@@ -82,18 +88,17 @@ class Invariants:
         """Look at everything."""
         if self._cluster.chronicle.bugs:
             raise Broken("no handler fails", self._cluster.chronicle.bugs[0])
-        for machine in self._cluster.workers:
-            if machine.is_up and machine.worker is not None:
-                self._check_worker(machine)
-        coordinator = self._coordinator()
-        if coordinator is not None:
-            self._check_scheduler(coordinator)
+        for worker in self._cluster.workers:
+            if worker.is_up and worker.worker is not None:
+                self._check_worker(worker)
+        leading = [machine for machine in self._cluster.schedulers if machine.is_leading]
+        for machine in leading:
+            self._check_scheduler(machine)
+        if len({id(machine.disk) for machine in leading}) < len(leading):
+            raise Broken("one scheduler on a journal", f"{[machine.name for machine in leading]} lead from one")
+        self._check_chain()
 
-    def _coordinator(self) -> Coordinator | None:
-        machine = self._cluster.scheduler
-        return machine.scheduler.coordinator if machine.is_up and machine.scheduler is not None else None
-
-    def _check_worker(self, machine: "WorkerMachine") -> None:
+    def _check_worker(self, machine: WorkerMachine) -> None:
         worker, now = machine.worker, machine.runtime.now()
         assert worker is not None
         leases = {lease.lease_id: lease for lease in worker.ledger.leases(now)}
@@ -107,14 +112,17 @@ class Invariants:
             if lease.state in LIVING and heard is not None and now > heard + machine.ttl_s + KILLED_WITHIN_S:
                 raise Broken("L3 silence frees a lease", f"{lease.lease_id} lives {now - heard:.1f} s after a renewal")
         running = 0.0
-        for lease_id in machine.launcher.running if machine.launcher is not None else ():
-            found = leases.get(lease_id)
-            running += 0.0 if found is None else found.resources.cpu
-            self._check_executor(machine, lease_id, alive=found is not None and found.state is State.RUNNING)
+        for executor in machine.executors():
+            lease_id, found = executor.what.lease_id, leases.get(executor.what.lease_id)
+            if found is None:
+                raise Broken("L1 resources return after the process group", f"{lease_id} is free, and its job runs")
+            running += found.resources.cpu
+            self._check_executor(machine, lease_id, alive=found.state is State.RUNNING)
+            self._check_session(lease_id, executor.what.session)
         if running > worker.ledger.capacity.cpu:
             raise Broken("L1 no two jobs on one resource", f"{machine.name} runs {running:g} cores of jobs")
 
-    def _check_executor(self, machine: "WorkerMachine", lease_id: str, *, alive: bool) -> None:
+    def _check_executor(self, machine: WorkerMachine, lease_id: str, *, alive: bool) -> None:
         """An executor may outlive its lease only as long as it takes to kill it, pauses not counted."""
         if alive or self._cluster.fabric.gate(machine.name).stopped:
             self._dead_since.pop(lease_id, None)
@@ -124,7 +132,25 @@ class Invariants:
         if now - since > KILLED_WITHIN_S:
             raise Broken("L3 a job ends with its lease", f"{lease_id} still runs {now - since:.2f} s after its lease")
 
-    def _check_scheduler(self, coordinator: Coordinator) -> None:
+    def _check_session(self, lease_id: str, session: object) -> None:
+        assert isinstance(session, Session)
+        if session.view is not None:
+            newest, before = (session.view.job_epoch, session.view.view), self._standing.get(lease_id, (0, 0))
+            if newest < before:
+                raise Broken("L2 views never go back", f"{lease_id} has view {newest} after {before}")
+            self._standing[lease_id] = newest
+        collector = session._collector if isinstance(session, AggregateSession) else None
+        for generation in collector._generations.values() if collector is not None else ():
+            for held in generation.held.values():
+                if (held.round, held.base_digest) != (generation.round, generation.base_digest):
+                    raise Broken("L2 what is held is of its base", f"{held.lease_id} holds another base's update")
+
+    def _check_scheduler(self, machine: SchedulerMachine) -> None:
+        assert machine.scheduler is not None
+        assert machine.scheduler.coordinator is not None
+        coordinator = machine.scheduler.coordinator
+        if machine.lost is not None:
+            raise Broken("nothing acknowledged is lost", f"{machine.name}: {machine.lost}")
         view = coordinator.book.view(coordinator.runtime.now())
         if view is not None:
             if view.round > view.committed_round + 2:
@@ -132,7 +158,6 @@ class Invariants:
             self._members.setdefault((view.job_epoch, view.round), set()).update(view.members)
         for leased in coordinator.pool.live():
             self._check_held(leased.member)
-        self._check_chain(coordinator)
 
     def _check_held(self, member: Member) -> None:
         """What the holder relies on, the grantor has not ended: the holder always stops first."""
@@ -145,50 +170,75 @@ class Invariants:
         if lease is None:
             raise Broken("L1 the holder stops before the grantor", f"{member.lease_id} is over at {machine.name} only")
 
-    def _check_chain(self, coordinator: Coordinator) -> None:
-        told = self._cluster.chronicle.said["Round committed"]
-        if told != self._rounds_told:
-            self._rounds_told = told
-            self._read_on(coordinator)
-
-    def _read_on(self, coordinator: Coordinator) -> None:
-        for link in self._chain.refresh():
+    def _check_chain(self) -> None:
+        store = self._cluster.store
+        if store.operations == self._operations:
+            return
+        self._operations = store.operations
+        with unseen(store):
+            try:
+                new = self._chain.refresh()
+            except StoreError as error:
+                raise Broken("L5 nothing committed is lost", str(error)) from error
+        for link in new:
             entry = manifest.from_bytes(link.payload)
             if isinstance(entry, RoundCommitted):
-                self._check_round(entry, coordinator)
+                self._check_round(entry)
 
-    def _check_round(self, entry: RoundCommitted, coordinator: Coordinator) -> None:
+    def _check_round(self, entry: RoundCommitted) -> None:
         faults = self._reference.commit(entry)
-        round_, epoch = entry.merged.round, entry.job_epoch
+        round_, epoch, quorum = entry.merged.round, entry.job_epoch, self._cluster.scenario.quorum
         members = self._members.get((epoch, round_), set())
+        if len(entry.contributions) < quorum:
+            faults.append(f"round {round_} has {len(entry.contributions)} contributions of {quorum} for a quorum")
         for each in entry.contributions:
             member = Member(peer_id=each.peer_id, fence=each.fence, lease_id=each.lease_id)
             if member not in members:
                 faults.append(f"L2: {member.lease_id} was never counted in round {round_} of epoch {epoch}")
-            if not coordinator.pool.is_live(member):
-                self._situations["contribution of a dead lease"] += 1
-            if not each.samples:
-                self._situations["empty contribution"] += 1
-        if len(entry.contributions) < len(members):
-            self._situations["round closed without a member"] += 1
+            faults += self._excluded(each.peer_id, each.fence, round_)
+        self._count(entry, len(members))
         if faults:
             raise Broken("the chain", "; ".join(faults))
 
+    def _excluded(self, peer_id: str, fence: int, round_: int) -> list[str]:
+        if any((peer_id, fence, round_) in machine.excluded for machine in self._cluster.schedulers):
+            return [f"L6: {peer_id}/{fence} is named in round {round_}, from which it was excluded for good"]
+        return []
+
+    def _count(self, entry: RoundCommitted, members: int) -> None:
+        reached = self._cluster.situations.reached
+        leader = self._cluster.schedulers[-1].scheduler
+        coordinator = leader.coordinator if leader is not None else None
+        for each in entry.contributions:
+            member = Member(peer_id=each.peer_id, fence=each.fence, lease_id=each.lease_id)
+            if coordinator is not None and not coordinator.pool.is_live(member):
+                reached["contribution accepted from a dead worker"] += 1
+            reached["empty contribution"] += not each.samples
+        reached["round closed without a member"] += len(entry.contributions) < members
+
     # --- with every answer ----------------------------------------------------------------------------------------
 
-    def answered(self, asker: str, answerer: str, request: bytes, reply: bytes) -> None:
+    def answered(self, asker: str, answerer: str, message: Message, answer: Message) -> None:
         """Look at a request at the moment it took effect."""
-        message = decode(request)
-        if isinstance(message, RenewLease):
-            self._heard[message.lease_id] = self._cluster.machines[answerer].runtime.now()
-        elif isinstance(message, Committed):
-            self._look_at_commit(message)
-        elif isinstance(message, CloseRound):
-            self._look_at_merge(message, decode(reply))
-        elif isinstance(message, SliceRequest):
-            self._look_at_grant(decode(reply))
-        elif isinstance(message, RoundView) and isinstance(decode(reply), Ack):
-            self._look_at_view(answerer, message)
+        match message, answer:
+            case RenewLease(), _:
+                self._look_at_renewal(answerer, message, answer)
+            case Committed(), _:
+                self._look_at_commit(message)
+            case CloseRound(), _:
+                self._look_at_merge(message, answer)
+            case SliceRequest(), SliceGrant():
+                self._look_at_grant(asker, answerer, message, answer)
+            case RoundView(), Ack():
+                self._look_at_view(answerer, message)
+
+    def _look_at_renewal(self, answerer: str, message: RenewLease, answer: Message) -> None:
+        self._heard[message.lease_id] = self._cluster.machines[answerer].runtime.now()
+        if isinstance(answer, Renewed):
+            newest = self._epochs.get(message.lease_id, 0)
+            if message.job_epoch < newest:
+                raise Broken("L2 no older job epoch renews", f"{message.lease_id}: {message.job_epoch} after {newest}")
+            self._epochs[message.lease_id] = message.job_epoch
 
     def _look_at_commit(self, message: Committed) -> None:
         known = self._committed.setdefault(message.round, message.digest)
@@ -196,6 +246,9 @@ class Invariants:
             raise Broken("L5 one successor of each step", f"round {message.round} was committed twice, differently")
 
     def _look_at_merge(self, request: CloseRound, answer: Message) -> None:
+        for peer_id, fence, _ in request.contributors:
+            if faults := self._excluded(peer_id, fence, request.round):
+                raise Broken("no Close names what is excluded", faults[0])
         if isinstance(answer, Merged):
             known = self._merged.setdefault((request.close, request.lease_id), answer.model_digest)
             if known != answer.model_digest:
@@ -203,12 +256,20 @@ class Invariants:
                     "L5 the same close, the same merge", f"close {request.close} was merged twice, differently"
                 )
 
-    def _look_at_grant(self, answer: Message) -> None:
-        if isinstance(answer, SliceGrant) and (twice := self._reference.used_of(answer.interval)):
+    def _look_at_grant(self, asker: str, answerer: str, message: SliceRequest, answer: SliceGrant) -> None:
+        scheduler = self._cluster.machines[answerer].scheduler  # type: ignore[attr-defined]
+        book = scheduler.coordinator.book
+        member = Member(peer_id=asker, fence=message.fence, lease_id=message.lease_id)
+        # It took effect when it was granted; the round may have closed while the journal was written.
+        if message.job_epoch != book.job_epoch or member not in self._members.get((book.job_epoch, message.round), ()):
+            raise Broken("L2 who is no member gets no samples", f"{asker} got some in round {message.round}")
+        if twice := self._reference.used_of(answer.interval):
             raise Broken("L6 a used sample is not granted", f"{twice[:4]} of epoch {answer.interval.epoch} again")
 
     def _look_at_view(self, answerer: str, view: RoundView) -> None:
-        for executor in self._cluster.executors(answerer):
+        machine = self._cluster.machines[answerer]
+        assert isinstance(machine, WorkerMachine)
+        for executor in machine.executors():
             seen = self._seen_view.get(executor.what.lease_id, (0, 0))
             if (view.job_epoch, view.view) < seen:
                 raise Broken("L2 views never go back", f"{answerer} took {view.job_epoch}.{view.view} after {seen}")
@@ -225,21 +286,31 @@ class Invariants:
 
     def _look_over(self) -> None:
         scenario, reference = self._cluster.scenario, self._reference
-        coordinator = self._cluster.scheduler.scheduler.coordinator  # type: ignore[union-attr]
-        assert coordinator is not None
-        self._read_on(coordinator)
+        finished = next(machine for machine in self._cluster.schedulers if machine.finished.is_set())
+        assert finished.scheduler is not None
+        assert finished.scheduler.coordinator is not None
+        book = finished.scheduler.coordinator.book
+        self._operations = -1
+        self._check_chain()
         if reference.round != scenario.rounds:
             raise Broken("the job finishes", f"{reference.round} of {scenario.rounds} rounds are in the chain")
         if scenario.flavour == "calm" and self._cluster.chronicle.warnings:
             raise Broken("a calm run has no warnings", self._cluster.chronicle.warnings[0])
         for shard, digest in enumerate(reference.model_digests):
-            kind = kind_of("model", shard)
-            final = Artifact(kind=kind, round=reference.round, digest=digest)
-            if final.name not in self._cluster.scheduler.objects.names(kind):
-                raise Broken("the final model is stored", f"{final.name} is not there")
-        if coordinator.book.samples != reference.samples:
-            raise Broken("L6 samples", f"{coordinator.book.samples} counted, {reference.samples} in the chain")
+            self._look_over_model(Artifact(kind=kind_of("model", shard), round=reference.round, digest=digest))
+        if book.samples != reference.samples:
+            raise Broken("L6 samples", f"{book.samples} counted, {reference.samples} in the chain")
         self._look_over_workers()
+
+    def _look_over_model(self, final: Artifact) -> None:
+        with unseen(self._cluster.store):
+            if final.name not in self._objects.names(final.kind):
+                raise Broken("the final model is stored", f"{final.name} is not there")
+            try:
+                Blobs(self._objects).verify(final)
+            except StoreError as error:
+                if not self._cluster.decayed:
+                    raise Broken("the final model is stored", str(error)) from error
 
     def _look_over_workers(self) -> None:
         for machine in self._cluster.workers:
@@ -249,8 +320,3 @@ class Invariants:
                 raise Broken("nothing is left running", f"{machine.name}: {sorted(machine.work())}")
             if machine.is_up and machine.worker is not None and machine.worker.ledger.leases(machine.runtime.now()):
                 raise Broken("L3 every lease is freed", f"{machine.name} still has leases after the job")
-
-    def situations(self) -> dict[str, int]:
-        """How often rare situations were reached."""
-        said = self._cluster.chronicle.situations()
-        return dict(sorted((self._situations + said).items()))

@@ -21,6 +21,8 @@ TRIP_S = 0.001
 # While the worker says "later": first pause, then doubled up to the longest, as the real session has them.
 RETRY_S = 0.1
 RETRY_S_MAX = 2.0
+# What an executor that computes nonsense makes of an update.
+Spoil = Callable[[Send], Send]
 
 
 class BridgeRefused(Refused):
@@ -34,11 +36,13 @@ class BridgeRefused(Refused):
 class Line:
     """One executor's connection to its worker; `run` reads the events."""
 
-    def __init__(self, session: JobSession, runtime: Runtime) -> None:
+    def __init__(self, session: JobSession, runtime: Runtime, spoil: Spoil = lambda update: update) -> None:
+        self._spoil = spoil
         self._session = session
         self._runtime = runtime
         self._events: deque[Event] = deque()
         self._more = trio.Event()
+        self.is_sending = False
 
     async def run(self) -> None:
         """Read events until the job ends."""
@@ -65,7 +69,11 @@ class Line:
 
     async def send(self, request: Send) -> Sent:
         """Deliver an update. Raises BridgeRefused."""
-        answer: Sent = await self._call(self._session.send, request, Send, Sent)
+        self.is_sending = True
+        try:
+            answer: Sent = await self._call(self._session.send, self._spoil(request), Send, Sent)
+        finally:
+            self.is_sending = False
         return answer
 
     async def report(self, report: Report) -> Instruction:

@@ -2,8 +2,12 @@
 
 Machine ── incarnation n ──▶ VirtualRuntime, MemoryNetwork ──▶ its role, until it ends, crashes or is taken down
            what outlives a crash: MemoryDisk (minus what was not synced), the work directory on tmpfs
+           what does not: its clock's zero; with `wipe` not even the disk, and then it is another node
 """
 
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,16 @@ import trio
 
 from hypha import gateway
 from hypha.data_node import DataNode, open_datasets
+from hypha.errors import StoreError
 from hypha.network.seam import Network
 from hypha.protocol.resources import Resources
 from hypha.scheduler.config import Config as SchedulerConfig
 from hypha.scheduler.coordinator import Coordinator
+from hypha.scheduler.hold import Hold
 from hypha.scheduler.place import Place
+from hypha.scheduler.records import Excluded, JobOpened, Record
 from hypha.scheduler.service import Scheduler
+from hypha.scheduler.store import JobStore
 from hypha.store.fences import FILE_NAME as FENCES_FILE
 from hypha.store.fences import FenceFile
 from hypha.store.memory_disk import MemoryDisk
@@ -28,11 +36,24 @@ from hypha.worker.jobs import JOB_DIRECTORY_PREFIX, remove_leftovers
 from hypha.worker.service import Worker
 from tests.sim.chronicle import Chronicle
 from tests.sim.executors import Pace, SimExecutor, SimLauncher
-from tests.sim.virtual import Power, VirtualRuntime
+from tests.sim.virtual import Clock, Power, VirtualRuntime
 
 PEM = Path("unused.pem")
 CAPACITY = Resources(cpu=1.0, memory=1.0, storage=1.0)
 STALL_S = 12.0
+# A machine's clock begins anew when it boots.
+BOOT_S = 61.0
+
+
+@contextmanager
+def unseen(disk: MemoryDisk) -> Iterator[MemoryDisk]:
+    """Look at a disk, or change it, without counting as an operation or being struck by a fault."""
+    before = disk.plan, disk.operations, disk.capacity_bytes
+    disk.plan, disk.capacity_bytes = {}, None
+    try:
+        yield disk
+    finally:
+        disk.plan, disk.operations, disk.capacity_bytes = before
 
 
 class Machine:
@@ -48,9 +69,19 @@ class Machine:
         self.disk = MemoryDisk(seed=sum(name.encode()))
         self.incarnation = -1
         self.is_up = False
+        self.gone = False  # for ever: what comes back in its place is another node
+        self.troubled_until = 0.0  # its disk may say no, and its role may end of it, until then
         self.power = Power()
+        self.clock = Clock(rate=rate, offset=offset)
         self.runtime: VirtualRuntime
         directory.mkdir()
+
+    def boot(self, fails: Callable[[], None]) -> None:
+        """Begin the next incarnation; `fails` is told when the power goes in the midst of a write."""
+        self.incarnation += 1
+        self.power = Power(fails)
+        offset = self.offset + BOOT_S * self.incarnation
+        self.clock = Clock(rate=self.rate, offset=offset, since=trio.current_time())
 
     async def main(self, network: Network, runtime: VirtualRuntime) -> None:
         """Play the role until it ends."""
@@ -60,6 +91,12 @@ class Machine:
         """The machine goes down: nothing is cleaned up, and what was not synced may be lost."""
         self.power.off = True
         self.disk.crash()
+
+    def wipe(self) -> None:
+        """It went down, and its disk is gone, too."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir()
+        self.disk = MemoryDisk(seed=sum(self.name.encode()))
 
 
 class GatewayMachine(Machine):
@@ -97,7 +134,7 @@ class WorkerMachine(Machine):
     async def main(self, network: Network, runtime: VirtualRuntime) -> None:
         """As `hypha.worker.service.run`, with the in-memory network and disk."""
         with self.disk.lock(f"{FENCES_FILE}.lock"):
-            fences = FenceKeeper(FenceFile(self.disk, network.peer_id), runtime)
+            fences = FenceKeeper(await runtime.run_blocking(FenceFile, self.disk, network.peer_id), runtime)
             remove_leftovers(self.directory)
             self.launcher = SimLauncher(runtime, self.pace, lambda what: self.chronicle.note(self.name, what))
             self.worker = Worker(network, runtime, self.config(), self.launcher, fences)
@@ -135,9 +172,34 @@ class WorkerMachine(Machine):
 
 
 class ShelvedObjects(DirectoryObjects):
-    """Objects on a MemoryDisk, handed out as files where somebody wants to send one."""
+    """Objects on a MemoryDisk, handed out as files where somebody wants to send one; `is_cut`: nobody answers."""
 
     shelf: Path
+    is_cut = False
+
+    def _reach(self) -> None:
+        if self.is_cut:
+            raise StoreError("the job's store does not answer")
+
+    def create(self, name: str, chunks: Iterable[bytes]) -> None:
+        """See `DirectoryObjects`."""
+        self._reach()
+        super().create(name, chunks)
+
+    def read(self, name: str) -> bytes:
+        """See `DirectoryObjects`."""
+        self._reach()
+        return super().read(name)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """See `DirectoryObjects`."""
+        self._reach()
+        return super().chunks(name)
+
+    def names(self, folder: str) -> list[str]:
+        """See `DirectoryObjects`."""
+        self._reach()
+        return super().names(folder)
 
     def local_path(self, name: str) -> Path | None:
         """Copy the object to the shelf."""
@@ -150,28 +212,85 @@ class ShelvedObjects(DirectoryObjects):
 
 
 class WatchedScheduler(Scheduler):
-    """A scheduler whose state can be looked at."""
+    """A scheduler whose state can be looked at: what its journal held when it was opened, and acknowledged since."""
 
     coordinator: Coordinator | None = None
+    on_open: Callable[[list[Record]], None]
+    on_record: Callable[[Record], None]
 
     def _coordinator(self, *arguments: Any, **named: Any) -> Coordinator:
         self.coordinator = super()._coordinator(*arguments, **named)
         return self.coordinator
 
+    async def _run_job(self, store: JobStore, *arguments: Any) -> None:
+        self.on_open(store._journal.records)
+        note = store.note
+
+        def noted(*records: Record) -> None:
+            note(*records)
+            for record in records:
+                self.on_record(record)
+
+        store.note = noted  # type: ignore[method-assign]
+        await super()._run_job(store, *arguments)
+
 
 class SchedulerMachine(Machine):
-    """A scheduler; `finished` once its job is."""
+    """A scheduler; `finished` once its job is. With `stands_by` it waits until the leader's hold lapses first."""
 
     role = "scheduler"
     config: SchedulerConfig
     scheduler: WatchedScheduler | None = None
+    stands_by = False
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.finished = trio.Event()
-        self.objects = ShelvedObjects(self.disk, new_id=lambda: self.runtime.new_id())
+        self.acknowledged: list[Record] = []
+        self.lost: str | None = None  # of what its journal had acknowledged
+        self.excluded: set[tuple[str, int, int]] = set()  # (peer, fence, round), durably
+        self.on_turn: Callable[[], None] = lambda: None
+        self.keep_objects_on(self.disk)
+
+    def keep_objects_on(self, disk: MemoryDisk) -> None:
+        """Have the job's store there."""
+        self.objects = ShelvedObjects(disk, new_id=lambda: self.runtime.new_id())
         self.objects.shelf = self.directory / "shelf"
+        self.objects.shelf.mkdir(exist_ok=True)
+
+    @property
+    def job_epoch(self) -> int:
+        """Of the newest job epoch that it began, 0 before it has."""
+        coordinator = self.scheduler.coordinator if self.scheduler is not None else None
+        return coordinator.book.job_epoch if coordinator is not None else 0
+
+    @property
+    def is_leading(self) -> bool:
+        """Whether it has begun a job epoch in this incarnation."""
+        return self.is_up and self.scheduler is not None and self.scheduler.coordinator is not None
+
+    def wipe(self) -> None:
+        """Its journal is gone; the job's store is elsewhere."""
+        super().wipe()
+        self.acknowledged.clear()
         self.objects.shelf.mkdir()
+
+    def _opened(self, records: list[Record]) -> None:
+        kept = [record for record in records if not isinstance(record, JobOpened)]
+        if kept[: len(self.acknowledged)] != self.acknowledged:
+            self.lost = f"{len(kept)} records are in the journal, {len(self.acknowledged)} were acknowledged"
+        # What was under way when it went down may have been written, or not.
+        self.acknowledged = kept
+
+    def _noted(self, record: Record) -> None:
+        self.acknowledged.append(record)
+        if isinstance(record, Excluded):
+            self.excluded.add((record.exclude.peer_id, record.exclude.fence, record.exclude.round))
+
+    def clear_shelf(self) -> None:
+        """Have what is sent read from the store again."""
+        for path in self.objects.shelf.iterdir():
+            path.unlink()
 
     def waiting(self) -> str:
         """What the job waits for, in its own words."""
@@ -180,9 +299,28 @@ class SchedulerMachine(Machine):
 
     async def main(self, network: Network, runtime: VirtualRuntime) -> None:
         """Run the job to its end."""
+        self.scheduler = None
+        if self.stands_by:
+            hold_s = self.config.scheduler.hold_s
+            await Hold(self.objects, runtime, scheduler=network.peer_id, hold_s=hold_s).lapsed()
+            self.on_turn()
         downloads = self.directory / f"downloads-{self.incarnation}"
         downloads.mkdir()
         place = Place(disk=self.disk, objects=self.objects, directory=downloads)
         self.scheduler = WatchedScheduler(network, runtime, self.config, place)
+        self.scheduler.on_open, self.scheduler.on_record = self._opened, self._noted
         await self.scheduler.run()
         self.finished.set()
+
+
+class TwinMachine(SchedulerMachine):
+    """A second scheduler, started by mistake on the disk of one that runs."""
+
+    def share(self, first: SchedulerMachine) -> None:
+        """Use the other's state directory."""
+        self.disk, self.config = first.disk, first.config
+        self.objects, self.acknowledged = first.objects, first.acknowledged
+
+    def crash(self) -> None:
+        """The process ends; the machine, which is the other's, does not."""
+        self.power.off = True

@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests.sim.cluster import Report, simulate
-from tests.sim.scenario import Fault, Scenario
+from tests.sim.flavours import Fault
+from tests.sim.scenario import Scenario
+from tests.sim.simulation import Report, simulate
 
 AT_S = 3.0  # in the second or third round
 
@@ -40,7 +41,7 @@ def test_a_dead_parameter_server_is_restored_elsewhere(tmp_path):
 
 def test_a_dead_scheduler_adopts_its_workers_when_it_is_back(tmp_path):
     report = run(tmp_path, Fault(at_s=AT_S, kind="crash-scheduler", for_s=2.0))
-    assert report.situations["lease adopted"] == 4
+    assert report.situations["adopted lease"] == 4
     assert "lease expired at its grantor" not in report.situations
 
 
@@ -53,7 +54,7 @@ def test_workers_stop_when_their_scheduler_stays_away(tmp_path):
 def test_a_data_node_fails_over_to_the_other(tmp_path):
     fault = Fault(at_s=0.5, kind="silent-data-0", for_s=60.0)
     report = run(tmp_path, fault, slices=(20,) * 12)
-    assert report.faults["crash of a data-0"] == 1
+    assert report.faults["silent crash: data-0"] == 1
     assert happened(report, "Job finished")
 
 

@@ -1,12 +1,15 @@
 """The machine of a simulated node, and the loop it runs in: everything that a seed must decide.
 
 run_seeded(seed, main) ──▶ trio on a MockClock that jumps, its shuffling seeded
-VirtualRuntime ──▶ now()  = offset + rate × virtual time     a clock of its own, fast or slow
+VirtualRuntime ──▶ now()  = its Clock: offset + rate × virtual time, the rate may change on the way
                    new_id() = "worker-1.0-7"                 node, incarnation, count
                    run_blocking()                            inline, after `blocking_s` of virtual time
 Power ──▶ off: whatever the crashed node still asks of its machine ends in NodeCrashed, so no cleanup is ever done
+      ──▶ a disk that lost power in the middle of a call takes its node with it
 """
 
+import errno
+import os
 import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -14,9 +17,15 @@ from typing import TypeVar
 import trio
 import trio.testing
 
+from hypha.errors import StoreError
 from hypha.network.memory_faults import Gate
+from hypha.store.memory_disk import PowerLoss
 
 T = TypeVar("T")
+# Rounding may wake a sleeper so much too early; that is near enough.
+NEAR_S = 1e-6
+# Blocking calls of a worker that put something on its disk (see `Power.full`): directories, transfers, slices.
+WRITING = frozenset({"_make_directory", "_make_spool", "open", "write", "_hard_link"})
 
 
 class NodeCrashed(BaseException):
@@ -26,17 +35,62 @@ class NodeCrashed(BaseException):
 class Power:
     """Whether one incarnation of a node still has its machine under it."""
 
-    def __init__(self) -> None:
+    def __init__(self, fails: Callable[[], None] = lambda: None) -> None:
+        """`fails` is called when power is lost in the middle of a call."""
         self.off = False
+        self.full = False  # its file system has no room
+        self._fails = fails
 
     def check(self) -> None:
         """Raise NodeCrashed once it is off."""
         if self.off:
             raise NodeCrashed
 
+    def call(self, function: Callable[..., T], *args: object) -> T:
+        """Run a call that uses the disk. Raises NodeCrashed where the power goes in its midst."""
+        name = getattr(function, "__name__", "")
+        if self.full and name in WRITING:
+            raise StoreError(f"{name}: {os.strerror(errno.ENOSPC)}")
+        try:
+            return function(*args)
+        except PowerLoss:
+            self._fails()
+            raise NodeCrashed from None
+
+
+class Clock:
+    """A machine's own clock: `rate` is how many seconds it shows per virtual second."""
+
+    def __init__(self, *, rate: float = 1.0, offset: float = 0.0, since: float = 0.0) -> None:
+        """Let it show `offset` at the virtual time `since`."""
+        self.rate = rate
+        self.turned = trio.Event()
+        self._shown = offset
+        self._since = since
+
+    def now(self) -> float:
+        """Seconds it shows."""
+        return self._shown + self.rate * (trio.current_time() - self._since)
+
+    def turn(self, rate: float) -> None:
+        """Run at another rate from now on; what it shows does not jump."""
+        self._shown, self._since = self.now(), trio.current_time()
+        self.rate = rate
+        self.turned.set()
+        self.turned = trio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        """Return once it shows so much more."""
+        until = self.now() + seconds
+        if seconds <= NEAR_S:
+            await trio.lowlevel.checkpoint()
+        while (left_s := until - self.now()) > NEAR_S:
+            with trio.move_on_after(left_s / self.rate):
+                await self.turned.wait()
+
 
 class VirtualRuntime:
-    """See `hypha.runtime.Runtime`. `rate` is how many seconds this clock shows per virtual second."""
+    """See `hypha.runtime.Runtime`."""
 
     def __init__(
         self,
@@ -44,16 +98,14 @@ class VirtualRuntime:
         name: str,
         *,
         incarnation: int = 0,
-        rate: float = 1.0,
-        offset: float = 0.0,
+        clock: Clock | None = None,
         blocking_s: float = 0.0,
         gate: Gate | None = None,
         power: Power | None = None,
     ) -> None:
         self.random = random.Random(f"{seed}:{name}:{incarnation}")
         self._name = f"{name}.{incarnation}"
-        self._rate = rate
-        self._offset = offset
+        self.clock = Clock() if clock is None else clock
         self._blocking_s = blocking_s
         self._gate = Gate() if gate is None else gate
         self._power = Power() if power is None else power
@@ -61,13 +113,13 @@ class VirtualRuntime:
 
     def now(self) -> float:
         """Seconds on this node's clock; it goes on while the node stands still."""
-        return self._offset + self._rate * trio.current_time()
+        return self.clock.now()
 
     async def sleep(self, seconds: float) -> None:
         """Sleep so long by this node's clock."""
         self._power.check()
         async with self._gate:
-            await trio.sleep(max(0.0, seconds) / self._rate)
+            await self.clock.sleep(seconds)
 
     def new_id(self) -> str:
         """Count: no other node and no other incarnation has the same name."""
@@ -78,7 +130,7 @@ class VirtualRuntime:
         """Run it here and now, then let `blocking_s` pass."""
         self._power.check()
         async with self._gate:
-            result = function(*args)
+            result = self._power.call(function, *args)
             await trio.sleep(self._blocking_s)
             return result
 

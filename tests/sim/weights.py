@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from hypha.protocol.bridge import FileRef
 from hypha.protocol.job import OuterOptimizer
@@ -101,7 +102,7 @@ def to_bytes(part: Vector, shard: int = 0, shards: int = 1) -> bytes:
 
 def digest(part: Vector, shard: int = 0, shards: int = 1) -> str:
     """The digest of that file."""
-    return hashlib.sha256(to_bytes(part, shard, shards)).hexdigest()
+    return blake3(to_bytes(part, shard, shards)).hexdigest()
 
 
 def digests(whole: Vector, shards: int) -> tuple[str, ...]:
@@ -118,7 +119,7 @@ def write(path: Path, part: Vector, root: Path, shard: int = 0, shards: int = 1)
     """Write a shard's file and return it as the bridge names it."""
     data = to_bytes(part, shard, shards)
     path.write_bytes(data)
-    return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=hashlib.sha256(data).hexdigest())
+    return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=blake3(data).hexdigest())
 
 
 def read(path: Path, shard: int = 0, shards: int = 1) -> Vector:

@@ -1,9 +1,9 @@
 """Artifacts match their digest or are refused; retention keeps whatever a resume needs."""
 
 import contextlib
-import hashlib
 
 import pytest
+from blake3 import blake3
 
 from hypha.errors import StoreError
 from hypha.store.blobs import Artifact, Blobs, Retention
@@ -12,7 +12,7 @@ from hypha.store.objects import DirectoryObjects
 
 
 def artifact_of(body, kind="model", number=1):
-    return Artifact(kind=kind, round=number, digest=hashlib.sha256(body).hexdigest())
+    return Artifact(kind=kind, round=number, digest=blake3(body).hexdigest())
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_an_artifact_is_stored_under_its_digest_and_copied_out_whole(blobs, tmp_
 
 
 def test_bytes_of_another_digest_are_never_stored(blobs, disk):
-    with pytest.raises(StoreError, match="its bytes have sha256"):
+    with pytest.raises(StoreError, match="its bytes have blake3"):
         blobs.put(artifact_of(b"right"), [b"wrong"])
     assert blobs.artifacts("model") == []
     assert disk.listdir("model") == []

@@ -4,7 +4,6 @@ Job(tmp, workers=2) ─▶ aggregate.work and train.work in threads, each behind
 what travels between machines is a copied file; what a scheduler decides is decided here, under one lock
 """
 
-import hashlib
 import shutil
 import tempfile
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from blake3 import blake3
 from safetensors.numpy import save_file
 
 from hypha.protocol.bridge import (
@@ -93,7 +93,7 @@ def job_spec(**changes):
 def ref(path, root):
     """FileRef of an existing file."""
     data = path.read_bytes()
-    return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=hashlib.sha256(data).hexdigest())
+    return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=blake3(data).hexdigest())
 
 
 class Machine:

@@ -4,7 +4,6 @@ async with stage(tmp_path) as here:  here.train() / here.aggregate() ─▶ a se
                                      here.scheduler, here.peers["p-1"] ─▶ networks whose handlers the test registers
 """
 
-import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import msgspec
 import trio
+from blake3 import blake3
 
 from hypha.network.memory import MemoryFabric
 from hypha.network.memory_faults import FaultProfile
@@ -32,7 +32,7 @@ TRANSFERS = TransferConfig(stall_s=10.0)
 
 
 def digest_of(data: bytes | str) -> str:
-    return hashlib.sha256(data if isinstance(data, bytes) else data.encode()).hexdigest()
+    return blake3(data if isinstance(data, bytes) else data.encode()).hexdigest()
 
 
 def job_spec(work: str = "train", **changes: Any) -> JobSpec:

@@ -1,5 +1,6 @@
 """The slice cache: one transfer for many, bounded, never wrong bytes, links that outlive it."""
 
+import hashlib
 import stat
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from hypha.network.transfer import partial_path
 from hypha.protocol.messages import SliceRef
 from hypha.worker.cache import PARTS_MAX, SliceCache
 from tests.sim.virtual import VirtualRuntime
-from tests.worker.cast import digest_of
 
 
 def content(number: int, size: int = 1000) -> bytes:
@@ -20,7 +20,7 @@ def content(number: int, size: int = 1000) -> bytes:
 
 
 def ref(number: int, size: int = 1000) -> SliceRef:
-    return SliceRef(name=f"s-{number}", samples=1, bytes=size, digest=digest_of(content(number, size)))
+    return SliceRef(name=f"s-{number}", samples=1, bytes=size, digest=hashlib.sha256(content(number, size)).hexdigest())
 
 
 def arrive(path: Path, data: bytes) -> None:

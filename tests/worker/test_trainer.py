@@ -135,7 +135,7 @@ async def test_samples_are_asked_for_once_the_round_is_open_and_come_as_a_verifi
 ):
     metrics.reset()
     data = b"slice" * 10
-    ref = SliceRef(name="s", samples=8, bytes=len(data), digest=digest_of(data))
+    ref = SliceRef(name="s", samples=8, bytes=len(data), digest=digest_of(data), digest_algorithm="blake3")
     (tmp_path / "cache" / ref.digest).write_bytes(data)
     await play.here.cache.open()
     interval = Interval(epoch=0, slice=3, start=2, stop=6)
@@ -200,13 +200,13 @@ PROGRESS = bridge.TrainProgress(round=1, batches=3, samples=12, batch_size=4, ba
 
 
 async def test_progress_travels_in_the_background_and_brings_the_newest_instruction(autojump_clock, play):
-    heard = Heard(SyncAfter(round=1, batches=8))
+    heard = Heard(SyncAfter(round=1, batches=8, batch_size=3))
     play.here.scheduler.serve(Progress, heard)
     play.see(opened())
     assert await play.session.report(PROGRESS) == bridge.GoOn()
     await trio.sleep(1)
     assert fields(heard[0], "batches", "samples", "batch_size", "batch_s", "loss", "fence") == (3, 12, 4, 0.5, 2.5, 1)
-    assert await play.session.report(PROGRESS) == bridge.SyncAt(round=1, batches=8)
+    assert await play.session.report(PROGRESS) == bridge.SyncAt(round=1, batches=8, batch_size=3)
     heard.answer = Done()
     await play.session.report(PROGRESS)
     await trio.sleep(1)

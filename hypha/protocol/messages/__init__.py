@@ -8,9 +8,10 @@
     streams     PushUpdate  OuterUpdate  FetchModel  FetchSlice             headers of tensor streams
     anyone      Health
 
-Durations are seconds; no absolute time crosses the wire. Digests are lower-case hexadecimal sha256 over the bytes of
-the file they name. Rounds count from 1: round r takes model r-1 to model r; model 0 is the initial one. The *base* of
-round r is model r-1. (job_epoch, view, round, lease, fence) say which state of the world a message belongs to.
+Durations are seconds; no absolute time crosses the wire. Digests are lower-case hexadecimal over the bytes of the file
+they name: blake3 where it holds tensors, sha256 of a dataset's manifest, of slices what that manifest says. Rounds
+count from 1: round r takes model r-1 to model r; model 0 is the initial one. The *base* of round r is model r-1.
+(job_epoch, view, round, lease, fence) say which state of the world a message belongs to.
 """
 
 from typing import Any, Union

@@ -114,10 +114,14 @@ class Continue(Message, frozen=True, kw_only=True):
 
 
 class SyncAfter(Message, frozen=True, kw_only=True):
-    """Contribute once `batches` batches of `round` are done (counted from its start)."""
+    """Contribute once `batches` batches of `round` are done (counted from its start).
+
+    `batch_size`: samples in each batch from now on; None: as many as before.
+    """
 
     round: Count
     batches: Count
+    batch_size: Annotated[int, Meta(ge=1, le=2**31)] | None = None
 
 
 class Done(Message, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from hypha.protocol.shards import SHARDS_MAX
 
 
 class PartRef(Struct, frozen=True, kw_only=True):
-    """One shard's part of an update: its size in bytes and its sha256."""
+    """One shard's part of an update: its size in bytes and its digest."""
 
     bytes: Count
     digest: Digest
