@@ -111,7 +111,7 @@ def prepare(
     held_out: Annotated[float, typer.Option(min=0, max=0.5, help="Share of the text never trained on.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Shuffles the samples; same seed, same dataset.")] = 0,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Stop reading after so many bytes of text.")] = None,
-    digest: Annotated[str, typer.Option(help="sha256 or blake3.")] = "sha256",
+    digest: Annotated[str, typer.Option(help="blake3, or sha256 at a quarter of its speed.")] = "blake3",
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json  [default: one token per byte]")] = None,
     force: Force = False,
     json: Json = False,

@@ -73,7 +73,7 @@ def prepare(
     held_out: float = 0.05,
     seed: int = 0,
     max_bytes: int | None = None,
-    digest: str = "sha256",
+    digest: str = "blake3",
     force: bool = False,
     tokenizer: Path | None = None,
 ) -> Manifest:

@@ -1,9 +1,11 @@
 """The same text makes the same dataset; the dataset holds the text, each piece once; nothing half-made is left."""
 
 import os
+from hashlib import sha256
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from safetensors.numpy import load_file
 
 from hypha.dataset import open_dataset
@@ -46,7 +48,7 @@ def test_the_same_text_gives_the_same_bytes_wherever_it_lies(text, tmp_path):
 def test_these_rows_are_pinned_so_that_no_version_of_numpy_changes_a_dataset(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a").write_text("".join(chr(97 + n % 26) for n in range(400)))
-    manifest = made([tmp_path / "text"], tmp_path / "out", sequence_length=8, held_out=0.2)
+    manifest = made([tmp_path / "text"], tmp_path / "out", sequence_length=8, held_out=0.2, digest="sha256")
     assert [s.digest[:16] for s in manifest.slices] == ["63de1e60c0ae69d5", "7588ee22f58069a4"]
 
 
@@ -188,9 +190,15 @@ def test_what_cannot_be_made_is_refused_by_name(text, tmp_path, options, fault):
     assert not (tmp_path / "out").exists()
 
 
-def test_blake3_digests_are_made_and_verified(text, tmp_path):
-    manifest = made([text], tmp_path / "out", digest="blake3")
-    assert manifest.digest_algorithm == "blake3"
+@pytest.mark.parametrize(
+    ("options", "algorithm", "digest_of"),
+    [({}, "blake3", blake3), ({"digest": "blake3"}, "blake3", blake3), ({"digest": "sha256"}, "sha256", sha256)],
+)
+def test_digests_are_those_of_the_slices_and_verified(text, tmp_path, options, algorithm, digest_of):
+    manifest = made([text], tmp_path / "out", **options)
+    assert manifest.digest_algorithm == algorithm
+    for entry in manifest.slices:
+        assert entry.digest == digest_of((tmp_path / "out" / entry.name).read_bytes()).hexdigest()
     assert verify(tmp_path / "out") == []
 
 

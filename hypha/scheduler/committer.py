@@ -124,6 +124,7 @@ class Committer:
             round=wanted.round,
             digest=wanted.digest,
         )
+<<<<<<< HEAD
         try:
             await fetch_artifact(
                 self._network, server.peer_id, message, path, runtime=self._runtime, patience_s=self._patience_s
@@ -133,6 +134,23 @@ class Committer:
             return False
         self._standing.clear("fetch")
         return True
+=======
+        for server in servers:
+            try:
+                await fetch_artifact(
+                    self._network, server.peer_id, message, path, runtime=self._runtime, patience_s=self._patience_s
+                )
+            except StoreError as error:
+                self._standing.warn(
+                    "fetch", "What servers made cannot be written to state_dir; tried again", str(error)
+                )
+            except (PeerUnreachable, RemoteProtocolError) as error:
+                self._standing.note("fetch", f"{wanted.part} of round {wanted.round} is not here yet", str(error))
+            else:
+                self._standing.clear("fetch")
+                return True
+        return False
+>>>>>>> main
 
     async def _append(self, outcome: Outcome) -> None:
         entry = self._store.round_entry(
@@ -151,7 +169,7 @@ class Committer:
             except Deposed:
                 raise
             except StoreError as error:
-                self._standing.note("store", "The job's store cannot be written", str(error))
+                self._standing.warn("store", "The job's store cannot be written; tried again", str(error))
                 await backoff.wait()
             else:
                 if self._standing.clear("store"):

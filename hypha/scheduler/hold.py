@@ -81,9 +81,10 @@ class Hold:
                 await self._runtime.run_blocking(self._beat)
                 reason = await self._runtime.run_blocking(deposed)
             except StoreError as error:
-                standing.note(SUBJECT, "The hold on the job's store cannot be renewed", str(error))
+                standing.warn(SUBJECT, "The hold on the job's store cannot be renewed; tried again", str(error))
             else:
-                standing.clear(SUBJECT)
+                if standing.clear(SUBJECT):
+                    log.info("The hold on the job's store is renewed again")
                 if reason is not None:
                     raise Deposed(reason)
             await self._runtime.sleep(self._mine.hold_s / BEATS)

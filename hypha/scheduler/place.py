@@ -17,14 +17,21 @@ from msgspec import Struct
 
 from hypha.errors import ConfigError, StoreError
 from hypha.scheduler.config import Config, JobConfig
+from hypha.scheduler.hold import FOLDER as HOLD_FOLDER
 from hypha.scheduler.settings import AnotherJob, insist_same, settings_of
 from hypha.scheduler.shapes import differing_shapes
 from hypha.scheduler.store import chain_says
+from hypha.store.blobs import CHECKPOINT_KINDS, RECORD_KIND
+from hypha.store.chain import FOLDER as CHAIN_FOLDER
 from hypha.store.disk import Disk, Held, RealDisk
 from hypha.store.objects import ObjectStore, open_objects
 from hypha.telemetry import get_logger
 
 log = get_logger("scheduler")
+
+
+# What a job's store has: a part that is left in one may be as large as a model.
+FOLDERS = (CHAIN_FOLDER, HOLD_FOLDER, RECORD_KIND, *CHECKPOINT_KINDS)
 
 
 class InUse(ConfigError):
@@ -43,7 +50,8 @@ class Place(Struct, frozen=True, kw_only=True):
 def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
     """Open the job's directories, alone; with `fresh`, what is there is set aside first.
 
-    Raises ConfigError: in use by another scheduler, not writable, or a store from which nothing can be set aside.
+    Raises ConfigError: in use by another scheduler, not writable, another job's, or a store from which nothing can be
+    set aside.
     """
     name = config.scheduler.job.name
     directory = config.state_dir / name
@@ -58,20 +66,23 @@ def open_place(config: Config, *, fresh: bool = False) -> Iterator[Place]:
             if fresh:
                 _set_aside(directory)
             disk = RealDisk(directory)
+            objects = _objects(config, directory, fresh=fresh)
+            insist_same_job(objects, config.scheduler.job)
+            _sweep(objects)
             downloads = directory / "downloads"
             shutil.rmtree(downloads, ignore_errors=True)
             os.makedirs(downloads, exist_ok=True)
         except (StoreError, OSError) as error:
             raise ConfigError(f"state_dir: {error}") from error
-        yield Place(disk=disk, objects=_objects(config, directory, fresh=fresh), directory=downloads)
+        yield Place(disk=disk, objects=objects, directory=downloads)
 
 
-def insist_same_job(place: Place, job: JobConfig) -> None:
+def insist_same_job(objects: ObjectStore, job: JobConfig) -> None:
     """Refuse a store in which another job lies, or one of other settings, before anybody is asked to work. Blocks.
 
     Raises ConfigError, naming the settings, and the shapes where it is another model; StoreError for a damaged chain.
     """
-    begun = chain_says(place.objects)
+    begun = chain_says(objects)
     if begun is None:
         return
     job_id, settings = begun
@@ -80,8 +91,7 @@ def insist_same_job(place: Place, job: JobConfig) -> None:
         insist_same(settings, mine, where=f"the checkpoint store (job {job_id})")
     except AnotherJob as error:
         theirs, ours = error.models
-        shapes = differing_shapes(place.objects, ours) if theirs != ours else ""
-        raise ConfigError(f"{error} ({shapes})" if shapes else str(error)) from error
+        raise error.with_shapes(differing_shapes(objects, ours) if theirs != ours else "") from None
 
 
 def in_use(config: Config) -> str | None:
@@ -94,8 +104,10 @@ def in_use(config: Config) -> str | None:
 
 
 def job_objects(config: Config) -> ObjectStore:
-    """Open the store of chain and artifacts alone. Blocks. Raises ConfigError."""
-    return _objects(config, config.state_dir / config.scheduler.job.name, fresh=False)
+    """Open the store of chain and artifacts alone. Blocks. Raises ConfigError: not writable, or another job's."""
+    objects = _objects(config, config.state_dir / config.scheduler.job.name, fresh=False)
+    insist_same_job(objects, config.scheduler.job)
+    return objects
 
 
 def _objects(config: Config, directory: Path, *, fresh: bool) -> ObjectStore:
@@ -112,6 +124,12 @@ def _objects(config: Config, directory: Path, *, fresh: bool) -> ObjectStore:
     if fresh and objects.names("chain"):
         raise ConfigError(f"checkpoint_url: {url} holds a job that cannot be set aside; name the job differently")
     return objects
+
+
+def _sweep(objects: ObjectStore) -> None:
+    left = [part for folder in FOLDERS for part in objects.sweep(folder)]
+    if left:
+        log.info("What was being written when the last run ended is removed", files=len(left), first=left[0])
 
 
 def _set_aside(directory: Path) -> None:

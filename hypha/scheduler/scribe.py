@@ -53,7 +53,7 @@ class Scribe:
             try:
                 await self._runtime.run_blocking(write, *records)
             except StoreError as error:
-                self._standing.note(SUBJECT, "The journal cannot be written", str(error))
+                self._standing.warn(SUBJECT, "The journal cannot be written; no samples are granted", str(error))
                 raise
         if self._standing.clear(SUBJECT):
             log.info("The journal can be written again")

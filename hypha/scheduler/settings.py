@@ -22,6 +22,10 @@ from hypha.scheduler.config import JobConfig
 
 # More differences than these make no message clearer.
 NAMED_MAX = 4
+REMEDY = (
+    "set that back, name the job differently, use another directory, "
+    "or start over with --fresh, which sets aside what is there"
+)
 MANIFEST = "manifest_digest"
 KEYS = {MANIFEST: "dataset", "parameter_servers": "resources.parameter_servers"}
 
@@ -45,8 +49,13 @@ class AnotherJob(ConfigError):
     """A store holds another job; `models` differ from each other, or are the same where something else differs."""
 
     def __init__(self, message: str, models: tuple[ModelSpec, ModelSpec]) -> None:
-        super().__init__(message)
+        super().__init__(f"{message}; {REMEDY}")
+        self.message = message
         self.models = models
+
+    def with_shapes(self, shapes: str) -> "AnotherJob":
+        """Return the same with what differs between the tensors."""
+        return AnotherJob(f"{self.message}: {shapes}", self.models) if shapes else self
 
 
 def settings_of(job: JobConfig, *, manifest_digest: str) -> Settings:
@@ -82,11 +91,7 @@ def insist_same(before: Settings, now: Settings, *, where: str) -> None:
         for key in differing[:NAMED_MAX]
     )
     more = f" and {len(differing) - NAMED_MAX} more" if len(differing) > NAMED_MAX else ""
-    raise AnotherJob(
-        f"{where} holds a job that was begun otherwise: {named}{more}; set them back, name the job differently, "
-        f"use another directory, or start over with --fresh, which sets aside what is there",
-        (before.model, now.model),
-    )
+    raise AnotherJob(f"{where} holds a job that was begun otherwise: {named}{more}", (before.model, now.model))
 
 
 def _flat(value: Struct) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from hypha.pki import Identity
 from hypha.runtime import Runtime
 from hypha.scheduler.config import Config
 from hypha.scheduler.hold import Hold
-from hypha.scheduler.place import Place, in_use, insist_same_job, job_objects, open_place
+from hypha.scheduler.place import Place, in_use, job_objects, open_place
 from hypha.telemetry import get_logger
 
 log = get_logger("scheduler")
@@ -75,7 +75,6 @@ async def take_place(
             presence = Presence(network, runtime, lambda: standing_by(config, hold))
         await await_turn(config, runtime, hold)
     place = await runtime.run_blocking(held.enter_context, open_place(config, fresh=fresh))
-    await runtime.run_blocking(insist_same_job, place, config.scheduler.job)
     if network is None:
         network = await held.enter_async_context(open_network(identity, config, role="scheduler", runtime=runtime))
     return place, network, presence

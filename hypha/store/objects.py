@@ -47,6 +47,9 @@ class ObjectStore(Protocol):
     def remove(self, name: str) -> None:
         """Forget an object; one that is gone is fine."""
 
+    def sweep(self, folder: str) -> list[str]:
+        """Remove what dead writers of a folder left, and return the names; one that lives writes again."""
+
     def local_path(self, name: str, /) -> Path | None:
         """Return the object's file, where it is one on this machine."""
 
@@ -89,7 +92,7 @@ class DirectoryObjects:
             return  # it may not exist, or the disk is ill; `sweep` takes what stays
 
     def sweep(self, folder: str) -> list[str]:
-        """Remove parts that writers left when they died, and return their names. For a folder's only writer."""
+        """Remove the parts. One whose writer lives fails to be linked, which its writer sees."""
         if not self._disk.exists(folder):
             return []
         left = [f"{folder}/{name}" for name in self._disk.listdir(folder) if name.endswith(PART_SUFFIX)]
@@ -183,6 +186,10 @@ class RemoteObjects:
                 self._filesystem.rm_file(self._where(name))
         except NotFound:
             return
+
+    def sweep(self, _folder: str) -> list[str]:
+        """Nothing: a put happens whole or not at all, and what a service keeps of one that broke off is its own."""
+        return []
 
     def local_path(self, _name: str) -> Path | None:
         """Never local."""

@@ -223,6 +223,8 @@ class Jobs:
             directory=directory,
             threads=threads,
             has_gpu=running.lease.resources.gpu > 0,
+            # As long as a silent worker is put up with.
+            stopped_max_s=self._config.lease.ttl_s,
         )
         process: Executor | None = None
         code: int | None = None

@@ -42,6 +42,8 @@ KILL_POLL_S = 0.02
 KILL_WARN_S = 10.0
 # What the dead wrote is in the pipe already; somebody who left the group may hold it open for longer.
 OUTPUT_GRACE_S = 1.0
+# How often it is looked whether an executor stands still.
+STOPPED_POLL_S = 1.0
 # executor.log is for people; an executor that writes without end must not fill the disk.
 LOG_BYTES_MAX = 16 << 20
 # In every executor's environment, and so in that of all it starts.
@@ -70,6 +72,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     directory: Path
     threads: int
     has_gpu: bool = False
+    stopped_max_s: float = float("inf")  # a process that stands still (SIGSTOP) for longer has failed
 
 
 class Launcher(Protocol):
@@ -185,6 +188,7 @@ class ProcessLauncher:
                 _write(record, msgspec.json.encode(ProcessRecord(running.pgid, birth_of(running.pgid) or "", mark)))
                 if mark:
                     (self._records / f"{mark}.json").unlink(missing_ok=True)
+                nursery.start_soon(_watch_for_stop, running.pgid, what)
                 yield running
             finally:
                 with trio.CancelScope(shield=True):
@@ -235,6 +239,24 @@ class ProcessLauncher:
                 ended += 1
             record.unlink(missing_ok=True)
         return ended
+
+
+async def _watch_for_stop(pgid: int, what: Launch) -> None:
+    """Fail the job of a process that was seen standing still for longer than it may: it will not say so itself.
+
+    Only what was seen counts, so that a machine that was suspended with all its processes has lost nothing.
+    """
+    seen_s = 0.0
+    while seen_s <= what.stopped_max_s:
+        await trio.sleep(STOPPED_POLL_S)
+        seen_s = seen_s + STOPPED_POLL_S if _stands_still(pgid) else 0.0
+    what.session.fail(f"the executor was stopped for {seen_s:.0f} s (a stop signal)")
+
+
+def _stands_still(pid: int) -> bool:
+    with suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    return False
 
 
 def _own(what: Launch) -> dict[str, str]:

@@ -8,6 +8,7 @@ every log ──▶ lines at error level and tracebacks
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ import trio
 from msgspec import Struct
 
 from hypha.demo.loglines import LogFile
-from tests.chaos.troupe import Node, Use, job_directories
+from tests.chaos.troupe import Node, Use, job_directories, spares
 from tests.e2e.programs import inhabitants
 
 # Two leases' time: what holds on longer holds on for ever.
@@ -49,9 +50,20 @@ async def look(directory: Path, nodes: Iterable[Node]) -> Aftermath:
 
 
 def strangers(directory: Path, nodes: Iterable[Node]) -> list[str]:
-    """Return the processes working in the directory that are no node's."""
+    """Return the processes working in the directory that are no node's, nor a spare that one of them keeps."""
     known = {node.pid for node in nodes if node.process is not None}
-    return [_words(process) for process in inhabitants(directory) if process.pid not in known]
+    idle = {spare.pgid for spare in spares(directory)}
+    return [
+        _words(process)
+        for process in inhabitants(directory)
+        if process.pid not in known and not (process.pid in idle and _parent(process) in known)
+    ]
+
+
+def _parent(process: psutil.Process) -> int | None:
+    with suppress(psutil.Error):
+        return int(process.ppid())
+    return None
 
 
 def _words(process: psutil.Process) -> str:

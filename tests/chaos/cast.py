@@ -2,7 +2,8 @@
 
 gateway-1 ◀─▶ gateway-2      data-1, data-2: the same dataset
 worker-1, worker-2 train     worker-3 serves parameters     worker-4 is a spare for either
-scheduler: configs/calm.toml, configs/chaos.toml, the same job with a state directory each
+scheduler-1 leads, scheduler-2 stands by: a certificate and a state directory each, one store for chain and artifacts
+configs/RUN-1.toml, RUN-2.toml: the job of a run, calm or chaos, for either of them
 """
 
 import subprocess
@@ -23,28 +24,36 @@ EXECUTORS = {
     "worker-4": ("train", "aggregate"),
 }
 WORKERS = tuple(EXECUTORS)
-SCHEDULER = "scheduler"
+SCHEDULERS = ("scheduler-1", "scheduler-2")
 CALM, CHAOS = "calm", "chaos"
 TRAINERS = 2
 ROLES = {
     **dict.fromkeys(GATEWAYS, "gateway"),
     **dict.fromkeys(DATA_NODES, "data"),
     **dict.fromkeys(WORKERS, "worker"),
-    SCHEDULER: "scheduler",
+    **dict.fromkeys(SCHEDULERS, "scheduler"),
 }
 SETUP_S = 60.0
 BATCH_SAMPLES = 16
+HOLD_MAX_S, HOLD_MORE_S = 30.0, 2.0
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """What is trained, and under which leases. `samples` per round, over all workers."""
+    """What is trained, and under which leases. `samples` per round, over all workers; `calm_rounds` of the calm run."""
 
     rounds: int
+    calm_rounds: int = 0
+    slices: int = dataset.SLICES
     samples: int = 4800
     ttl_s: float = 6.0
     deadline_s: float = 30.0
     language: bool = False  # a small transformers model on tokens instead of a plain module
     warm: tuple[str, ...] = ()  # workers that keep a warm executor
+
+    @property
+    def hold_s(self) -> float:
+        """A scheduler that is killed and started again is back before its standby leads; the default is the most."""
+        return min(HOLD_MAX_S, self.ttl_s + HOLD_MORE_S)
 
 
 def prepare(directory: Path, job: Job, seed: int) -> None:
@@ -54,22 +63,37 @@ def prepare(directory: Path, job: Job, seed: int) -> None:
     addresses = [f"/ip4/127.0.0.1/tcp/{free_port()}" for _ in GATEWAYS]
     for name in ROLES:
         text = _node(name, addresses)
-        if name == SCHEDULER:
+        if name in SCHEDULERS:
             for run in (CALM, CHAOS):
-                (directory / "configs" / f"{run}.toml").write_text(text + _job(run, job))
+                (directory / "configs" / f"{title(name, run)}.toml").write_text(text + _job(directory, name, run, job))
             continue
         if name in DATA_NODES:
             text += 'dataset_path = "../dataset"\n'
         if name in EXECUTORS:
             text += _worker(name, job)
         (directory / "configs" / f"{name}.toml").write_text(text)
-    dataset.write(directory / "dataset", seed, language=job.language)
+    dataset.write(directory / "dataset", seed, slices=job.slices, language=job.language)
     _certify(directory)
 
 
+def title(name: str, run: str = "") -> str:
+    """Return what a node's configuration and log are called; a scheduler has one of each for every run."""
+    return f"{run}-{name.rpartition('-')[2]}" if name in SCHEDULERS else name
+
+
 def command(name: str, run: str = "") -> list[str]:
-    """Return the command that runs a node; for the scheduler, `run` names its configuration."""
-    return [f"hypha-{ROLES[name]}", "run", "-c", f"configs/{run or name}.toml"]
+    """Return the command that runs a node."""
+    return [f"hypha-{ROLES[name]}", "run", "-c", f"configs/{title(name, run)}.toml"]
+
+
+def store(directory: Path, run: str) -> Path:
+    """Return where the chain and the artifacts of a run lie."""
+    return directory / "store" / run
+
+
+def journal(directory: Path, name: str, run: str) -> Path:
+    """Return the journal of a scheduler."""
+    return directory / "state" / name / run / "journal"
 
 
 def _certify(directory: Path) -> None:
@@ -101,12 +125,15 @@ def _worker(name: str, job: Job) -> str:
     return _WORKER.format(name=name, ttl_s=job.ttl_s, warm=warm) + executors
 
 
-def _job(run: str, job: Job) -> str:
+def _job(directory: Path, name: str, run: str, job: Job) -> str:
     return _JOB.format(
+        name=name,
+        store=directory / "store",
+        hold_s=job.hold_s,
         run=run,
         dataset=dataset.NAME,
         model=_LANGUAGE_MODEL if job.language else _MODEL,
-        rounds=job.rounds,
+        rounds=job.calm_rounds if run == CALM and job.calm_rounds else job.rounds,
         samples=job.samples,
         batch=BATCH_SAMPLES,
         deadline_s=job.deadline_s,
@@ -167,9 +194,11 @@ num_attention_heads = 2
 """
 
 _JOB = """\
-state_dir = "../state"
+state_dir = "../state/{name}"
+checkpoint_url = "{store}"
 
 [scheduler]
+hold_s = {hold_s}
 welcome_s = 1.0
 retry_s = 1.0
 patience_s = 5.0

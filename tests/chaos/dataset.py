@@ -25,20 +25,19 @@ SHARPNESS = 2.0
 SCHEMA = {"inputs": f"F32[{INPUTS}]", "labels": "I64[]"}
 TOKENS, LENGTH = 64, 16
 LANGUAGE_SCHEMA = {"input_ids": f"I64[{LENGTH}]"}
-SAMPLES_PER_EPOCH = SLICES * SLICE_SAMPLES
 
 
 Tensors = dict[str, np.ndarray]
 
 
-def write(directory: Path, seed: int, *, language: bool = False) -> None:
+def write(directory: Path, seed: int, *, slices: int = SLICES, language: bool = False) -> None:
     """Write the dataset of this seed into a new directory."""
     directory.mkdir()
     chance = np.random.default_rng(seed)
     make = _sentences() if language else _classes(chance)
     entries = []
-    for number in range(SLICES + 1):
-        split: Literal["train", "held-out"] = "held-out" if number == SLICES else "train"
+    for number in range(slices + 1):
+        split: Literal["train", "held-out"] = "held-out" if number == slices else "train"
         samples = HELD_OUT_SAMPLES if split == "held-out" else SLICE_SAMPLES
         data = save(make(chance, samples))
         name = f"{split}-{number:05d}.safetensors"

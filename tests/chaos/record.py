@@ -27,15 +27,15 @@ OUTER = OuterOptimizer(learning_rate=0.7, momentum=0.9)
 class Archive:
     """Keeps a link to whatever the store may prune and the replay needs."""
 
-    def __init__(self, state: Path, kept: Path) -> None:
-        self._state = state
+    def __init__(self, store: Path, kept: Path) -> None:
+        self._store = store
         self._kept = kept
         kept.mkdir()
 
     def keep(self) -> None:
         """Link what is new."""
         for pattern in ("record/*", "model/00000000-*", "momentum/00000000-*"):
-            for path in self._state.glob(pattern):
+            for path in self._store.glob(pattern):
                 with suppress(FileExistsError, FileNotFoundError):
                     os.link(path, self._kept / f"{path.parent.name}-{path.name}")
 
@@ -50,14 +50,14 @@ class Verdict(Struct, frozen=True):
     resume_faults: tuple[str, ...]
 
 
-def judge(state: Path, kept: Path, dataset: Path, story: Story) -> Verdict:
+def judge(store: Path, kept: Path, dataset: Path, story: Story) -> Verdict:
     """Replay a finished job."""
     opened = open_dataset(dataset)
     rounds: list[manifest.RoundCommitted] = []
     before: dict[int, Resumed] = {}
     faults: list[str] = []
     try:
-        links = Chain(open_objects(str(state))).load()
+        links = Chain(open_objects(str(store))).load()
         entries = [manifest.from_bytes(link.payload) for link in links]
         chain = manifest.Chain(entries[0].job_id, opened.manifest.train)
         for link, entry in zip(links, entries, strict=True):

@@ -24,7 +24,7 @@ import trio
 
 from hypha.demo.loglines import LogFile, LogLine
 from tests.chaos import cast, troupe
-from tests.chaos.cast import CHAOS, SCHEDULER, Job
+from tests.chaos.cast import CHAOS, SCHEDULERS, Job
 from tests.chaos.troupe import Node, guarded
 from tests.e2e.programs import inhabitants
 
@@ -53,7 +53,7 @@ class Watch:
 
     def replaced(self) -> dict[str, float] | None:
         """Return the seconds of each phase once the replacement has taken its first step."""
-        told = list(self._news(CHAOS))
+        told = list(self._news(cast.title(SCHEDULERS[0], CHAOS)))
         mine = (each for each in told if each.message == "Worker lost" and each.text("worker") == self._peer)
         lost = next(mine, None)
         leased = next((each for each in told if each.message == "Worker leased" and each.text("work") == "train"), None)
@@ -90,8 +90,7 @@ async def measure(directory: Path, job: Job, times: int) -> list[dict[str, float
     """Kill so many trainers, one after another; returns the phases of each replacement. Raises NotReplaced."""
     cast.prepare(directory, job, seed=0)
     with guarded() as watch:
-        nodes = {name: Node(name, directory, watch) for name in cast.ROLES if name != SCHEDULER}
-        nodes[SCHEDULER] = Node(SCHEDULER, directory, watch, CHAOS)
+        nodes = {name: Node(name, directory, watch, CHAOS) for name in cast.ROLES if name != SCHEDULERS[1]}
         try:
             for node in nodes.values():
                 node.start()

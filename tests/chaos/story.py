@@ -1,9 +1,9 @@
-"""What the scheduler's log tells of one job, over all its incarnations.
+"""What the schedulers' logs tell of one job, over all incarnations of its leader.
 
     Job started ─▶ Round opened ─▶ Round committed … ─▶ Job finished | Job failed
                         └─▶ Outer step lost                    what was open when it died and is not in the next start
 
-`lost_by` counts, for each incarnation's end, the outer steps that were merged but not committed.
+The leader is whose log said "Job started" last: what another says from then on is nothing of the job's.
 """
 
 from collections import Counter
@@ -13,6 +13,8 @@ from msgspec import Struct, field
 
 from hypha.demo.loglines import LogLine
 from tests.chaos.cast import TRAINERS
+
+STARTED = "Job started"
 
 
 class Committed(Struct, frozen=True):
@@ -57,6 +59,7 @@ class Story(Struct):
     steps_lost_at_once_max: int = 0
     finished: Finished | None = None
     failure: str | None = None
+    leader: str = ""  # the name of its log
 
     @property
     def round(self) -> int:
@@ -68,7 +71,11 @@ class Story(Struct):
         return max((each.round for each in self.commits if each.at <= at), default=0)
 
     def take(self, line: LogLine, now: float) -> None:
-        """Take in one line of the scheduler."""
+        """Take in one line of a scheduler."""
+        if line.message == STARTED:
+            self.leader = line.source
+        elif self.leader and line.source != self.leader:
+            return
         handler = _HANDLERS.get(line.message)
         if handler is not None:
             handler(self, line, now)
@@ -129,7 +136,7 @@ def _failed(story: Story, line: LogLine, _now: float) -> None:
 
 
 _HANDLERS: dict[str, Callable[[Story, LogLine, float], None]] = {
-    "Job started": _started,
+    STARTED: _started,
     "Round opened": _opened,
     "Round committed": _committed,
     "Outer step lost": _step_lost,

@@ -1,7 +1,8 @@
 """The nodes as real processes, to be killed, stopped and started again; and what their workers run.
 
-    Node ── start ─▶ process, standard error to logs/NAME.log ── kill, stop, go on, end
-    runs(directory) ─▶ work/NAME/hypha-JOB-FENCE/job.json + work/NAME/processes/LEASE.json: who executes what
+    Node ── start ─▶ process, standard error to logs/TITLE.log ── kill, stop, go on, leave, end
+    executors(directory) ─▶ work/NAME/hypha-JOB-FENCE/job.json + work/NAME/processes/LEASE.json: who executes what
+    spares(directory)    ─▶ work/NAME/processes/warm-*.json: who has no job yet
 
 A guardian hears of every process, so that none outlives this one, however it ends.
 """
@@ -10,7 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,12 +22,18 @@ from msgspec import Struct
 
 from hypha.demo import guardian
 from hypha.worker.process import ProcessRecord, birth_of
+from hypha.worker.warm import MARK_PREFIX
 from tests.chaos import cast
 from tests.e2e.programs import ENVIRONMENT
 
 BYTES_PER_MB = 1e6
 LOG_LEVELS = "info"
 READY = {"gateway": '"Gateway ready"', "data": '"Serving"', "worker": '"Worker ready"', "scheduler": '"Job started"'}
+STANDBY = "--standby"
+STANDING_BY = '"Standing by"'
+# What a scheduler says as its last word when another has taken over.
+DEPOSED = '"Deposed"'
+SPARE = "spare"
 
 
 class Running(Struct, frozen=True):
@@ -56,22 +64,26 @@ class Node:
 
     def __init__(self, name: str, directory: Path, watch: int, run: str = "") -> None:
         self.name = name
-        self.log = directory / "logs" / f"{run or name}.log"
+        self.role = cast.ROLES[name]
+        self.log = directory / "logs" / f"{cast.title(name, run)}.log"
         self.command = cast.command(name, run)
         self.process: subprocess.Popen[bytes] | None = None
         self.wanted = False
         self.stopped = False
+        self.started_at = 0.0
+        self._options: tuple[str, ...] = ()
         self._log_from = 0
         self._directory = directory
         self._watch = watch
 
-    def start(self) -> None:
-        """Start it; its log goes on where the last one ended."""
-        self.wanted = True
+    def start(self, *options: str) -> None:
+        """Start it, with options beside its configuration; its log goes on where the last one ended."""
+        self.wanted, self.stopped = True, False
+        self._options, self.started_at = options, time.monotonic()
         self._log_from = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command,
+                [*self.command, *options],
                 cwd=self._directory,
                 env={**ENVIRONMENT, "HYPHA_LOG": LOG_LEVELS},
                 stdin=subprocess.DEVNULL,
@@ -95,11 +107,13 @@ class Node:
     @property
     def ready(self) -> bool:
         """Whether the process that runs has said so."""
-        if not self.runs:
-            return False
+        return self.runs and self.said(STANDING_BY if STANDBY in self._options else READY[self.role])
+
+    def said(self, text: str) -> bool:
+        """Whether the process that runs, or last ran, has written this."""
         with self.log.open("rb") as log:
             log.seek(self._log_from)
-            return READY[cast.ROLES[self.name]].encode() in log.read()
+            return text.encode() in log.read()
 
     def died(self) -> int | None:
         """Return the exit code of a process that nobody asked to end."""
@@ -121,6 +135,19 @@ class Node:
         self.stopped = False
         self._signal(signal.SIGCONT)
 
+    def leave(self) -> None:
+        """Ask it to end, and wait for nothing."""
+        self.wanted = False
+        self._signal(signal.SIGTERM)
+
+    def left(self) -> int | None:
+        """Return the exit code of one that was asked to leave, once it has."""
+        if self.runs:
+            return None
+        self._ended()
+        assert self.process is not None
+        return self.process.returncode
+
     def end(self, timeout_s: float) -> int | None:
         """Ask it to end; returns its exit code, or None where it had to be killed."""
         self.wanted = False
@@ -138,10 +165,7 @@ class Node:
 
     def use(self) -> Use | None:
         """Return what its process holds now; None where there is none."""
-        with suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            return Use(round(process.memory_info().rss / BYTES_PER_MB, 1), process.num_fds())
-        return None
+        return use_of(self.pid) if self.runs else None
 
     def _signal(self, number: signal.Signals) -> None:
         if self.runs:
@@ -157,6 +181,14 @@ class Node:
             os.write(self._watch, f"{sign}{self.pid}\n".encode())
 
 
+def use_of(pid: int) -> Use | None:
+    """Return what a process holds now; None where there is none."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return Use(round(process.memory_info().rss / BYTES_PER_MB, 1), process.num_fds())
+    return None
+
+
 @contextmanager
 def guarded() -> Iterator[int]:
     """Keep a guardian while the block runs; gives the descriptor that nodes tell it of their processes through."""
@@ -167,17 +199,32 @@ def guarded() -> Iterator[int]:
 
 
 def executors(directory: Path) -> list[Running]:
-    """Return every executor that the workers' files name and that lives."""
+    """Return every executor that the workers' files name and that lives, but for those that have no job yet."""
     found = []
     for name in cast.WORKERS:
         place = directory / "work" / name
         works = [work for path in place.glob("hypha-*/job.json") if (work := _work(path))]
-        for path in place.glob("processes/*.json"):
-            with suppress(OSError, msgspec.DecodeError):
-                record = msgspec.json.decode(path.read_bytes(), type=ProcessRecord)
-                running = Running(name, works[-1] if works else "", record.pgid, record.birth)
-                found += [running] if running.lives else []
+        records = [path for path in place.glob("processes/*.json") if not path.name.startswith(MARK_PREFIX)]
+        found += _running(name, works[-1] if works else "", records)
     return found
+
+
+def spares(directory: Path) -> list[Running]:
+    """Return every warm executor that waits for a job."""
+    return [
+        running
+        for name in cast.WORKERS
+        for running in _running(name, SPARE, directory.glob(f"work/{name}/processes/{MARK_PREFIX}*.json"))
+    ]
+
+
+def _running(name: str, work: str, records: Iterable[Path]) -> Iterator[Running]:
+    for path in records:
+        with suppress(OSError, msgspec.DecodeError):
+            record = msgspec.json.decode(path.read_bytes(), type=ProcessRecord)
+            running = Running(name, work, record.pgid, record.birth)
+            if running.lives:
+                yield running
 
 
 def signal_group(pgid: int, number: signal.Signals) -> None:

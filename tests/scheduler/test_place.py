@@ -7,13 +7,17 @@ import trio
 
 from hypha.config import load_config
 from hypha.errors import ConfigError
-from hypha.scheduler.config import Config
+from hypha.protocol.job import ModelSpec, Rounds
+from hypha.scheduler.config import Config, JobConfig
 from hypha.scheduler.hold import Hold
-from hypha.scheduler.place import open_place
+from hypha.scheduler.place import InUse, job_objects, open_place
+from hypha.scheduler.settings import settings_of
 from hypha.scheduler.standby import await_turn, open_hold
 from hypha.scheduler.standing import Standing
+from hypha.scheduler.store import open_store
 from tests.sim.virtual import VirtualRuntime
 
+ONE = Rounds(updates=1, samples_between_updates=1)
 TEXT = """
 cert_pem = "a.pem"
 key_pem = "a-key.pem"
@@ -38,6 +42,13 @@ def config(tmp_path):
     return make
 
 
+def begin(place):
+    job = JobConfig(model=ModelSpec(path="/model"), dataset="text", rounds=ONE, name="demo")
+    settings = settings_of(job, manifest_digest="d" * 64)
+    with open_store(place.disk, place.objects, job_id="demo-1", settings=settings, slices=()) as store:
+        store.begin_epoch(scheduler="s", nonce="n")
+
+
 def test_a_second_scheduler_on_the_same_job_is_refused_with_the_first_ones_pid(config):
     with (
         open_place(config()),
@@ -45,6 +56,42 @@ def test_a_second_scheduler_on_the_same_job_is_refused_with_the_first_ones_pid(c
         open_place(config()),
     ):
         pass
+
+
+@pytest.mark.parametrize("key", ["state_dir", "checkpoint_url"])
+def test_a_directory_that_cannot_be_is_refused_by_key_and_path(config, tmp_path, key):
+    (tmp_path / "file").write_text("in the way")
+    environ = {f"HYPHA_{key.upper()}": str(tmp_path / "file" / "below")}
+    with pytest.raises(ConfigError, match=rf"^{key}: .*file/below") as refused, open_place(config(**environ)):
+        pass
+    assert not isinstance(refused.value, InUse)
+
+
+def test_what_the_last_run_left_is_touched_only_once_the_job_is_known_to_be_the_same(config):
+    with open_place(config()) as place:
+        begin(place)
+        (place.directory / "job.json").write_bytes(b"{}")
+    other = config(HYPHA_SCHEDULER__JOB__MODEL__PATH="/another")
+    with (
+        pytest.raises(ConfigError, match=r"scheduler\.job\.model\.path was '/model', is '/another'"),
+        open_place(other),
+    ):
+        pass
+    assert (place.directory / "job.json").exists()
+    with pytest.raises(ConfigError, match="the checkpoint store"):
+        job_objects(other)
+    with open_place(other, fresh=True) as place:
+        assert place.objects.names("chain") == []
+
+
+def test_what_a_killed_scheduler_was_writing_is_removed(config, tmp_path):
+    with open_place(config()) as place:
+        place.objects.create("model/1-x", [b"whole"])
+    half = tmp_path / "state/demo/model/2-y.0123.part"
+    half.write_bytes(b"half")
+    with open_place(config()) as place:
+        assert not half.exists()
+        assert place.objects.read("model/1-x") == b"whole"
 
 
 def test_it_may_come_once_the_first_is_gone(config, tmp_path):
@@ -58,10 +105,10 @@ def test_it_may_come_once_the_first_is_gone(config, tmp_path):
 def test_starting_over_sets_aside_what_there_was(config, tmp_path):
     for kept in ("first", "second"):
         with open_place(config()) as place:
-            place.objects.create("chain/00000000", [kept.encode()])
+            place.objects.create("record/1-x", [kept.encode()])
         with open_place(config(), fresh=True) as place:
-            assert place.objects.names("chain") == []
-    found = {path.parts[-3]: path.read_text() for path in tmp_path.glob("state/*/chain/00000000")}
+            assert place.objects.names("record") == []
+    found = {path.parts[-3]: path.read_text() for path in tmp_path.glob("state/*/record/1-x")}
     assert found == {"demo.before-1": "first", "demo.before-2": "second"}
 
 

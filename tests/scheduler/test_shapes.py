@@ -7,7 +7,7 @@ from hypha.errors import ConfigError
 from hypha.protocol.job import ModelSpec, Rounds
 from hypha.protocol.tensorfile import TensorSpec, layout
 from hypha.scheduler.config import DatasetConfig, JobConfig
-from hypha.scheduler.place import Place, insist_same_job
+from hypha.scheduler.place import insist_same_job
 from hypha.scheduler.settings import settings_of
 from hypha.scheduler.shapes import configured_shapes, differing_shapes, say_difference, stored_shapes
 from hypha.scheduler.store import open_store
@@ -69,7 +69,7 @@ def test_a_model_that_cannot_be_read_tells_no_shapes(objects, disk):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_model_is_refused_with_its_shapes_and_stays(disk, objects, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused_with_its_shapes_and_stays(disk, objects):
     narrow = job(NARROW)
     shapes = configured_shapes(narrow.model)
     assert shapes["layers.0.weight"] == (16, 8)
@@ -77,27 +77,25 @@ def test_a_checkpoint_of_another_model_is_refused_with_its_shapes_and_stays(disk
     with open_store(disk, objects, job_id="job-1", settings=settings, slices=()) as store:
         put_model(objects, shapes)
         store.begin_epoch(scheduler="s", nonce="n")
-    place = Place(disk=disk, objects=objects, directory=tmp_path)
     before = {name: objects.read(name) for kind in ("chain", "model") for name in objects.names(kind)}
 
-    insist_same_job(place, narrow)
+    insist_same_job(objects, narrow)
     with pytest.raises(ConfigError) as refused:
-        insist_same_job(place, job(WIDE))
+        insist_same_job(objects, job(WIDE))
     said = str(refused.value)
     assert "scheduler.job.model.config.layers was [['linear', 8, 16], ['relu'], ['linear', 16, 4]], is [[" in said
     assert "tensor layers.0.bias is [16] there, is [32] here" in said
     assert "--fresh" in said
     with pytest.raises(ConfigError, match=r"scheduler\.job\.name was 'job', is 'other'"):
-        insist_same_job(place, job(NARROW, name="other"))
+        insist_same_job(objects, job(NARROW, name="other"))
     assert {name: objects.read(name) for name in before} == before
 
 
-def test_what_the_data_nodes_will_say_is_not_guessed_before_they_are_asked(disk, objects, tmp_path):
+def test_what_the_data_nodes_will_say_is_not_guessed_before_they_are_asked(disk, objects):
     with open_store(
         disk, objects, job_id="job-1", settings=settings_of(job(NARROW), manifest_digest="d" * 64), slices=()
     ) as store:
         store.begin_epoch(scheduler="s", nonce="n")
-    place = Place(disk=disk, objects=objects, directory=tmp_path)
-    insist_same_job(place, job(NARROW))
+    insist_same_job(objects, job(NARROW))
     with pytest.raises(ConfigError, match=r"scheduler\.job\.dataset was 'ddd.*', is 'eee"):
-        insist_same_job(place, job(NARROW, dataset=DatasetConfig(name="text", digest="e" * 64)))
+        insist_same_job(objects, job(NARROW, dataset=DatasetConfig(name="text", digest="e" * 64)))

@@ -251,6 +251,35 @@ async def test_when_the_worker_dies_the_executor_sees_its_bridge_close(machine):
         await child.stdout.aclose()
 
 
+async def stop_for(machine: Machine, limit_s: float, *, ends) -> Script:
+    """The session of an executor that was stopped once it was up, when `ends(session, pgid)` is true."""
+    what = msgspec.structs.replace(machine.what("print('up', flush=True)\n" + FOREVER), stopped_max_s=limit_s)
+    with trio.fail_after(PATIENCE_S):
+        async with machine.launcher.launch(what) as running:
+            await said(running, "up")
+            os.kill(running.pgid, signal.SIGSTOP)
+            while not ends(what.session, running.pgid):  # noqa: ASYNC110 - states of processes are no events
+                await trio.sleep(0.01)
+            os.kill(running.pgid, signal.SIGCONT)
+    return what.session
+
+
+@pytest.mark.slow
+async def test_one_that_stands_still_for_too_long_has_failed(machine, monkeypatch):
+    monkeypatch.setattr(process, "STOPPED_POLL_S", 0.05)
+    session = await stop_for(machine, 0.2, ends=lambda session, _pgid: session.failures)
+    assert session.failures == ["the executor was stopped for 0 s (a stop signal)"]
+
+
+@pytest.mark.slow
+async def test_one_that_goes_on_in_time_has_not_failed(machine, monkeypatch):
+    monkeypatch.setattr(process, "STOPPED_POLL_S", 0.05)
+    session = await stop_for(
+        machine, PATIENCE_S, ends=lambda _session, pgid: process.psutil.Process(pgid).status() == "stopped"
+    )
+    assert session.failures == []
+
+
 # --- what does not start ----------------------------------------------------------------------------------------------
 
 
