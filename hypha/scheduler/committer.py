@@ -124,33 +124,18 @@ class Committer:
             round=wanted.round,
             digest=wanted.digest,
         )
-<<<<<<< HEAD
         try:
             await fetch_artifact(
                 self._network, server.peer_id, message, path, runtime=self._runtime, patience_s=self._patience_s
             )
-        except (PeerUnreachable, RemoteProtocolError, StoreError) as error:
+        except StoreError as error:
+            self._standing.warn("fetch", "What servers made cannot be written to state_dir; tried again", str(error))
+            return False
+        except (PeerUnreachable, RemoteProtocolError) as error:
             self._standing.note("fetch", f"{wanted.part} of round {wanted.round} is not here yet", str(error))
             return False
         self._standing.clear("fetch")
         return True
-=======
-        for server in servers:
-            try:
-                await fetch_artifact(
-                    self._network, server.peer_id, message, path, runtime=self._runtime, patience_s=self._patience_s
-                )
-            except StoreError as error:
-                self._standing.warn(
-                    "fetch", "What servers made cannot be written to state_dir; tried again", str(error)
-                )
-            except (PeerUnreachable, RemoteProtocolError) as error:
-                self._standing.note("fetch", f"{wanted.part} of round {wanted.round} is not here yet", str(error))
-            else:
-                self._standing.clear("fetch")
-                return True
-        return False
->>>>>>> main
 
     async def _append(self, outcome: Outcome) -> None:
         entry = self._store.round_entry(
