@@ -254,6 +254,22 @@ async def test_the_fraction_asked_doubles_until_it_suffices(cast, autojump_clock
         assert list(dict(heard).values()) == [0.2, 0.4, 0.8, 1.0]
 
 
+async def test_after_one_auction_only_as_many_are_asked_as_are_needed(cast, autojump_clock):
+    async with AsyncExitStack() as stack:
+        everybody = await workers(cast, stack, *(f"w-{number}" for number in range(80)))
+        scheduler = await stack.enter_async_context(cast.scheduler())
+        auctions, offers = allocator(scheduler), []
+        cast.fabric.on_event(lambda event: offers.append(event) if event[3:] == ("WorkerOffer", "arrived") else None)
+        for _ in range(2):
+            before = len(offers)
+            allocation = await auctions.allocate([wanted("train", 2)])
+            assert len(allocation.workers) == 2
+            await trio.sleep(1)
+            await scheduler.pool.release_all("done")
+        assert before == len(everybody)
+        assert 2 < len(offers) - before < len(everybody) / 2
+
+
 async def test_one_trace_leads_from_the_advertisement_to_the_accepted_offer(cast, autojump_clock, monkeypatch):
     running = start("hypha-scheduler", TelemetryConfig(), environ={})
     try:

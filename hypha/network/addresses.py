@@ -12,6 +12,7 @@ The signature is made with the node's own key, which its peer id contains: whoev
 import ipaddress
 import socket
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import base58
 import cbor2
@@ -26,6 +27,8 @@ from hypha.errors import ConfigError, RemoteProtocolError
 
 # A machine with many interfaces still needs no more, and a liar may not make us dial for ever.
 ADDRESSES_MAX = 16
+# Signed statements whose signature need not be checked again: one for each peer that a busy node talks to.
+STATEMENTS_REMEMBERED_MAX = 4096
 # Signatures are bound to this use of the key.
 _CONTEXT = b"hypha addresses 1:"
 _SIGNATURE_BYTES = 64
@@ -138,13 +141,17 @@ def sign(key: Ed25519PrivateKey, peer_id: str, addresses: Iterable[Multiaddr]) -
     return key.sign(_CONTEXT + body) + body
 
 
-def verify(peer_id: str, signed: bytes) -> list[Multiaddr]:
-    """Return what `peer_id` says of itself. Raises RemoteProtocolError when it did not sign this."""
+@lru_cache(maxsize=STATEMENTS_REMEMBERED_MAX)
+def verify(peer_id: str, signed: bytes) -> tuple[Multiaddr, ...]:
+    """Return what `peer_id` says of itself. Raises RemoteProtocolError when it did not sign this.
+
+    Every offer and advertisement carries the same statement for as long as its sender's addresses stay.
+    """
     signature, body = signed[:_SIGNATURE_BYTES], signed[_SIGNATURE_BYTES:]
     try:
         _key_in(peer_id).verify(signature, _CONTEXT + body)
         signer, texts = msgspec.convert(cbor2.loads(body), tuple[str, list[str]])
-        addresses = [Multiaddr(text) for text in texts[:ADDRESSES_MAX]]
+        addresses = tuple(Multiaddr(text) for text in texts[:ADDRESSES_MAX])
     except InvalidSignature as error:
         raise RemoteProtocolError(f"addresses of {peer_id} are not signed by it") from error
     except (ValueError, cbor2.CBORDecodeError, msgspec.ValidationError, MultiaddrError) as error:

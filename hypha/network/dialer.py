@@ -12,7 +12,7 @@ not answer once; so only its `dial_addr` is used. Backoff is short: whether a pe
 """
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar, cast
 
 import trio
@@ -92,10 +92,10 @@ class Dialer:
         self._runtime = runtime
         self._nursery = nursery
         self._attempts: dict[ID, _Attempt] = {}
-        self._learned: OrderedDict[ID, list[Multiaddr]] = OrderedDict()
+        self._learned: OrderedDict[ID, Sequence[Multiaddr]] = OrderedDict()
         self._backoffs: OrderedDict[ID, tuple[Backoff, float]] = OrderedDict()
 
-    def learn(self, peer_id: ID, addresses: list[Multiaddr]) -> None:
+    def learn(self, peer_id: ID, addresses: Sequence[Multiaddr]) -> None:
         """Remember where the peer says it can be dialled; replaces what it said before."""
         _remember(self._learned, peer_id, addresses)
         self._backoffs.pop(peer_id, None)

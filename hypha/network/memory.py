@@ -12,6 +12,7 @@ wall clock, so one seed gives one sequence of events, byte for byte (trio's own 
 import hmac
 import itertools
 import random
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -177,13 +178,16 @@ class MemoryFabric:
 
     def gossip(self, src: str, what: str, arrive: Arrival) -> None:
         """Flood an announcement: it also reaches those whom only a third node can reach."""
-        reached, frontier = {src: 0.0}, [src]
-        while frontier:
-            hop = frontier.pop(0)
-            for node in self.up():
-                if node.peer_id not in reached and not self.link(hop, node.peer_id).blocked:
-                    reached[node.peer_id] = reached[hop] + (self.profile.latency_s if hop != src else 0.0)
-                    frontier.append(node.peer_id)
+        reached, frontier = {src: 0.0}, deque([src])
+        missed = [node.peer_id for node in self.up() if node.peer_id != src]
+        while frontier and missed:
+            hop, candidates, missed = frontier.popleft(), missed, []
+            for peer_id in candidates:
+                if self.link(hop, peer_id).blocked:
+                    missed.append(peer_id)
+                else:
+                    reached[peer_id] = reached[hop] + (self.profile.latency_s if hop != src else 0.0)
+                    frontier.append(peer_id)
         for peer_id, extra_s in sorted(reached.items()):
             if peer_id != src:
                 fate = self.link(src, peer_id).gossip_fate()

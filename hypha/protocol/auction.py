@@ -16,6 +16,10 @@ GATHER_S = 0.2
 # After enough offers are there: time for a better one that is on its way.
 SETTLE_S = 0.05
 
+# How many offers an advertisement in a large network should bring.
+OFFERS_PER_PLACE = 4
+OFFERS_BESIDES = 12
+
 NotNegative = Annotated[float, Meta(ge=0, le=PRICE_MAX)]
 
 
@@ -68,6 +72,17 @@ def fraction_of(retry: int, first: float) -> float:
     """Return the share of workers asked by advertisement number `retry` (0: the first one); it doubles every time."""
     # Beyond 60 doublings every positive fraction that matters is 1.
     return float(min(1.0, first * 2.0 ** min(retry, 60)))
+
+
+def fraction_for(wanted: int, *, offers: int, fraction: float) -> float:
+    """Return the share of workers to ask for `wanted` of them, after `offers` came when the share `fraction` was asked.
+
+    About offers / fraction workers could answer. Four for each place and a dozen besides leave a choice,
+    and with chance deciding who is asked too few are rare: one auction in ten million for one place. Where nobody
+    answered, twice as many.
+    """
+    enough = OFFERS_PER_PLACE * wanted + OFFERS_BESIDES
+    return min(1.0, fraction * enough / offers if offers else 2 * fraction)
 
 
 def price_per_unit(price: float, resources: Resources, weights: ResourceWeights = DEFAULT_WEIGHTS) -> float:

@@ -3,6 +3,7 @@
 JobSpec ── model, preprocessor, dataset ── what is trained on what
         ── inner, outer, rounds         ── how (DiLoCo, arXiv 2311.08105)
         ── compression                  ── in what form updates travel
+        ── streaming                    ── in which parts, and how long beside the inner steps
         ── resume                       ── which committed state a parameter server starts from
 """
 
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from hypha.protocol.compression import Compression
+from hypha.protocol.fragments import Streaming
 from hypha.protocol.shards import SHARDS_MAX
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -160,3 +162,4 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     shards: Annotated[int, Meta(ge=1, le=SHARDS_MAX)] = 1  # parameter servers that share the model
     shard: Annotated[int, Meta(ge=0, lt=SHARDS_MAX)] = 0  # which of them this job is for; trainers work with all
     compression: Compression = Compression()
+    streaming: Streaming = Streaming()

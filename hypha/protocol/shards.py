@@ -7,7 +7,7 @@ Every shard takes the same outer steps, each on its own tensors: same rounds, sa
 message or an entry of the chain has a list of parts, an empty one means that the whole is the one shard's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from hypha.errors import LocalProtocolError
@@ -26,10 +26,13 @@ class Hashed(Protocol):
 Sha256 = Callable[[bytes], Hashed]
 
 
-def split(sizes: Mapping[str, int], shards: int) -> tuple[tuple[str, ...], ...]:
+def split(
+    sizes: Mapping[str, int], shards: int, fragments: Iterable[Collection[str]] | None = None
+) -> tuple[tuple[str, ...], ...]:
     """Split tensors, given by name with their sizes in bytes, into so many groups; each in the order of names.
 
-    The largest first, each to the group that has the fewest bytes so far; ties by name and number. Raises
+    The largest first, each to the group that has the fewest bytes so far; ties by name and number. Where the model is
+    synchronised in fragments each of these is split so: every round moves as much of every shard. Raises
     LocalProtocolError where there are fewer tensors than groups.
     """
     if not 1 <= shards <= SHARDS_MAX:
@@ -37,12 +40,13 @@ def split(sizes: Mapping[str, int], shards: int) -> tuple[tuple[str, ...], ...]:
     if shards > len(sizes):
         raise LocalProtocolError(f"parameter_servers = {shards}, but the model has only {len(sizes)} tensors to share")
     groups: list[list[str]] = [[] for _ in range(shards)]
-    filled = [(0, 0, number) for number in range(shards)]  # bytes, tensors, which group
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        lightest = min(filled)
-        size, count, number = lightest
-        groups[number].append(name)
-        filled[number] = (size + sizes[name], count + 1, number)
+    filled = [0] * shards
+    for fragment in fragments or (sizes.keys(),):
+        now = [0] * shards  # of this fragment
+        for name in sorted(fragment, key=lambda name: (-sizes[name], name)):
+            number = min(range(shards), key=lambda number: (now[number], filled[number], len(groups[number]), number))
+            groups[number].append(name)
+            now[number], filled[number] = now[number] + sizes[name], filled[number] + sizes[name]
     return tuple(tuple(sorted(group)) for group in groups)
 
 

@@ -17,7 +17,7 @@ from msgspec import Struct
 from hypha.errors import Refused
 from hypha.network.retry import Backoff
 from hypha.network.seam import Network, Peer
-from hypha.protocol.auction import fraction_of
+from hypha.protocol.auction import fraction_for, fraction_of
 from hypha.protocol.auction_scheduler import Auction, Closed, Waiting, Want, Winner, below_minimum
 from hypha.protocol.messages import TOPIC_WORKER, Ack, Ask, TaskAdvertisement, WorkerOffer
 from hypha.protocol.resources import Resources
@@ -29,6 +29,8 @@ WORKERS = frozenset({"worker"})
 # The first offers cannot come before the workers' windows of 200 ms have closed; who is missing beyond that may not
 # have heard: a gossip mesh takes a second to form.
 AGAIN_BASE_S = 0.5
+# Of so many workers it is remembered what they can do: as many as a job may have.
+ABLE_MAX = 4096
 log = get_logger("scheduler.allocator")
 
 
@@ -57,10 +59,15 @@ class Allocation(Struct, frozen=True, kw_only=True):
 
 
 class _Running:
-    """One auction under way: offers not yet accepted or declined with the time each came, and workers leased."""
+    """One auction under way: offers not yet accepted or declined with the time each came, and workers leased.
 
-    def __init__(self, auction: Auction, asks: Sequence[Wanted], wants: Sequence[Want]) -> None:
+    `offers` counts all that came, late ones and repetitions too: how many answer to the share `fraction`.
+    """
+
+    def __init__(self, auction: Auction, asks: Sequence[Wanted], wants: Sequence[Want], fraction: float) -> None:
         self.auction = auction
+        self.fraction = fraction
+        self.offers = 0
         self.asks = asks
         self.wants = wants
         self.pending: dict[str, tuple[str, WorkerOffer, float]] = {}
@@ -76,7 +83,8 @@ class Allocator:
     """Holds auctions for one job. Serves WorkerOffer on its network from the start.
 
     Offers are welcome for `welcome_s` after an advertisement; until there are enough it is published again, at most
-    `retry_s` apart. `first_fraction` of the workers are asked, twice as many in each auction after one that fell short.
+    `retry_s` apart. The first auction asks `first_fraction` of the workers, later ones as many as the offers of the one
+    before say are needed; after each that fell short, twice as many at least.
     """
 
     def __init__(
@@ -101,7 +109,9 @@ class Allocator:
         self._first_fraction = first_fraction
         self._retries = 0
         self._running: dict[str, _Running] = {}
+        self._last: _Running | None = None
         self._why = ChangeLogger(log)
+        self._able: dict[str, frozenset[Work]] = {}  # peer id → kinds of work it has offered, the latest last
         network.serve(WorkerOffer, self._receive, roles=WORKERS)
 
     async def allocate(self, asks: Sequence[Wanted]) -> Allocation:
@@ -115,7 +125,8 @@ class Allocator:
             now=self._runtime.now(),
             holding=frozenset(worker.member.peer_id for worker in self._pool.live()),
         )
-        running = self._running[advertisement_id] = _Running(auction, asks, wants)
+        running = _Running(auction, asks, wants, self._fraction(sum(wanted.count for wanted in asks)))
+        self._last = self._running[advertisement_id] = running
         with span_from(None, "advertise", job_id=self._job_id, advertisement_id=advertisement_id) as span:
             try:
                 closed = await self._close(running)
@@ -132,18 +143,39 @@ class Allocator:
         self._note(allocation)
         return allocation
 
+    def able(self, peer_id: str, work: Work) -> bool:
+        """Whether a worker has offered this work before, to this incarnation."""
+        return work in self._able.get(peer_id, frozenset())
+
+    def _note_able(self, peer_id: str, works: set[Work]) -> None:
+        self._able[peer_id] = self._able.pop(peer_id, frozenset()) | works
+        while len(self._able) > ABLE_MAX:
+            del self._able[next(iter(self._able))]
+
+    def _fraction(self, wanted: int) -> float:
+        """Return the share of workers to ask for so many."""
+        last, least = self._last, fraction_of(self._retries, self._first_fraction)
+        if last is None:
+            return least
+        needed = fraction_for(wanted, offers=last.offers, fraction=last.fraction)
+        return max(needed, min(1.0, 2 * last.fraction)) if self._retries else needed
+
     # --- the auction --------------------------------------------------------------------------------------------------
 
     async def _receive(self, peer: Peer, offer: WorkerOffer) -> Ack:
         running = self._running.get(offer.advertisement_id)
         if running is None:
+            if self._last is not None and self._last.auction.advertisement_id == offer.advertisement_id:
+                self._last.offers += 1
             raise Refused(f"advertisement {offer.advertisement_id} is over")
+        running.offers += 1
         self._network.learn(peer.peer_id, offer.addresses)
         now = self._runtime.now()
         refusal = running.auction.offer(offer, peer=peer.peer_id, now=now)
         if refusal is not None:
             log.debug("Offer refused", worker_peer_id=peer.peer_id, lease_id=offer.lease_id, reason=refusal)
             raise Refused(refusal)
+        self._note_able(peer.peer_id, {running.asks[choice.ask].work for choice in offer.choices})
         # Once closed, only repetitions of what was kept come here; they may be leased already.
         if not running.is_closed:
             running.pending.setdefault(offer.lease_id, (peer.peer_id, offer, now))
@@ -182,7 +214,7 @@ class Allocator:
                 job_epoch=self._job_epoch,
                 asks=tuple(want.ask for want in running.wants),
                 welcome_s=left_s,
-                fraction=fraction_of(self._retries, self._first_fraction),
+                fraction=running.fraction,
             )
             await self._network.publish(TOPIC_WORKER, advertisement)
             await backoff.wait()

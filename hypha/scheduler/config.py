@@ -5,9 +5,11 @@ checkpoint_url             the same for artifacts elsewhere: a directory or an f
 [scheduler.job]            name, model, preprocessor, dataset, optimizers
 [scheduler.job.rounds]     how many, how long, how few may close one      (hypha.protocol.job.Rounds)
 [scheduler.job.compression]  codecs of pseudo-gradients and outer updates   (hypha.protocol.compression)
+[scheduler.job.streaming]  fragments, and updates beside inner steps      (hypha.protocol.fragments)
 [scheduler.job.resources]  workers and parameter servers: how many, what they need, what they may cost
 """
 
+from math import ceil
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +18,7 @@ from msgspec import Meta, Struct
 from hypha.config import NodeConfig
 from hypha.network.breaker import BreakerLimits
 from hypha.protocol.compression import Compression
+from hypha.protocol.fragments import Streaming
 from hypha.protocol.job import InnerOptimizer, ModelSpec, OuterOptimizer, PreprocessorSpec, Rounds
 from hypha.protocol.resources import Resources
 from hypha.protocol.shards import SHARDS_MAX
@@ -106,6 +109,7 @@ class JobConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     inner_optimizer: InnerOptimizer = InnerOptimizer()
     outer_optimizer: OuterOptimizer = OuterOptimizer()
     compression: Compression = Compression()
+    streaming: Streaming = Streaming()
     resources: JobResources = JobResources()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -116,6 +120,12 @@ class JobConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if self.compression.outer_updates == "topk" and self.outer_optimizer.momentum > 0:
             # What topk delays by some 1/density rounds, momentum goes on adding to: the model oscillates ever wider.
             raise ValueError("compression.outer_updates 'topk' needs outer_optimizer.momentum 0")
+        # An update that is not due yet at the next synchronisation is applied there: nobody runs on beyond it.
+        batches = ceil(self.rounds.samples_between_updates / self.rounds.max_batch_size)
+        steps = ceil(batches / self.resources.workers)
+        if self.streaming.overlap_steps > steps:
+            overlap = self.streaming.overlap_steps
+            raise ValueError(f"streaming.overlap_steps {overlap} exceeds the {steps} inner steps of a round")
 
     @property
     def dataset_config(self) -> DatasetConfig:

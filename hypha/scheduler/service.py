@@ -268,6 +268,7 @@ class Scheduler:
             inner=job.inner_optimizer,
             outer=job.outer_optimizer,
             compression=job.compression,
+            streaming=job.streaming,
             rounds=job.rounds,
             resume=store.resume_point(shard) if work == "aggregate" else None,
             shards=job.resources.parameter_servers,

@@ -4,6 +4,7 @@
     model                          which tensors there are
     outer_optimizer, compression   how records replay to the committed bits
     parameter_servers              whose tensors each record and checkpoint has
+    fragments                      which tensors the record of a round holds
 
 They stand in the journal's first record and in every job epoch's entry of the chain; whoever goes on with either under
 other settings is refused, by key. Everything else (rounds, resources, inner optimizer …) may change between two runs.
@@ -27,7 +28,11 @@ REMEDY = (
     "or start over with --fresh, which sets aside what is there"
 )
 MANIFEST = "manifest_digest"
-KEYS = {MANIFEST: "dataset", "parameter_servers": "resources.parameter_servers"}
+KEYS = {
+    MANIFEST: "dataset",
+    "parameter_servers": "resources.parameter_servers",
+    "fragments": "streaming.fragments",
+}
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -39,6 +44,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     outer_optimizer: OuterOptimizer = OuterOptimizer()
     compression: Compression = Compression()
     parameter_servers: int = 1
+    fragments: int = 1
 
     def canonical(self) -> str:
         """As JSON: equal settings, equal text."""
@@ -67,6 +73,7 @@ def settings_of(job: JobConfig, *, manifest_digest: str) -> Settings:
         outer_optimizer=job.outer_optimizer,
         compression=job.compression,
         parameter_servers=job.resources.parameter_servers,
+        fragments=job.streaming.fragments,
     )
 
 

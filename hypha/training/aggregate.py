@@ -33,12 +33,14 @@ from hypha.protocol.bridge import (
     StateReady,
     Stop,
 )
+from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import JobSpec
 from hypha.protocol.shards import split
 from hypha.telemetry import get_logger, span_from
 from hypha.training import coded, executor, models, outer, tensors
 from hypha.training.evaluate import Evaluator
 from hypha.training.session import Session
+from hypha.training.shapes import shapes_of
 from hypha.training.sources import fetch_source
 
 log = get_logger("training.aggregate")
@@ -59,12 +61,22 @@ class State:
 class Aggregator:
     """The committed state, the outcome of the round after it, and every file that belongs to a round."""
 
-    def __init__(self, session: Session, job: JobSpec, work_dir: Path, state: State, evaluator: Evaluator) -> None:
+    def __init__(
+        self,
+        session: Session,
+        job: JobSpec,
+        work_dir: Path,
+        state: State,
+        evaluator: Evaluator,
+        fragments: Fragments | None = None,
+    ) -> None:
+        """`fragments` are the whole model's; None: all of it is here."""
         self.session, self.job, self.work_dir = session, job, work_dir
         self.evaluator = evaluator
         self.state = state
         self.outcome: MergeDone | None = None
         self.shapes = tensors.layout_of(work_dir / state.model.path).shapes()
+        self.fragments = fragments or Fragments(self.shapes, job.streaming)
         self.files: dict[int, set[str]] = {state.round: {state.model.path, state.momentum.path}}
         self.over = False
 
@@ -94,8 +106,10 @@ class Aggregator:
         """Say whether an update may be merged."""
         self.files.setdefault(event.round, set()).add(event.file.path)
         with span_from(event.traceparent, "screen", round=event.round) as span:
-            refusal = coded.screen(self.work_dir / event.file.path, self.shapes, self.job.compression.upward)
+            shapes = self.fragments.among(self.shapes, event.round)
+            refusal = coded.screen(self.work_dir / event.file.path, shapes, self.job.compression.upward)
             if refusal is not None:
+                refusal = self.fragments.say(event.round) + refusal
                 span.fail(refusal)
             self._report(Screened(ticket=event.ticket, refusal=refusal))
 
@@ -139,6 +153,7 @@ class Aggregator:
             outer=self.job.outer,
             upward=self.job.compression.upward,
             downward=self.job.compression.downward,
+            fragment=self.fragments.of(event.round),
         )
         refs = {part: getattr(stepped, part).ref(self.work_dir) for part in outer.PARTS}
         self.files.setdefault(event.round, set()).update(ref.path for ref in refs.values())
@@ -191,10 +206,18 @@ def share_of(job: JobSpec, parameters: Mapping[str, torch.Tensor]) -> dict[str, 
     """Return the tensors of this server's shard. Raises JobFailed: there are fewer tensors than servers."""
     sizes = {name: tensor.numel() * torch.float32.itemsize for name, tensor in parameters.items()}
     try:
-        names = split(sizes, job.shards)[job.shard]
+        names = split(sizes, job.shards, Fragments(sizes, job.streaming).parts)[job.shard]
     except LocalProtocolError as error:
         raise JobFailed(str(error)) from error
     return {name: parameters[name] for name in names}
+
+
+def fragments_of(session: Session, job: JobSpec, work_dir: Path, state: State) -> Fragments:
+    """Return the whole model's fragments, also where one shard of it is here."""
+    mine = tensors.layout_of(work_dir / state.model.path).tensors
+    if job.shards == 1 or job.streaming.fragments == 1:
+        return Fragments(mine, job.streaming)
+    return Fragments(shapes_of(job.model, fetch_source(session, job)), job.streaming)
 
 
 def resumed_state(session: Session, job: JobSpec, work_dir: Path) -> State:
@@ -203,6 +226,7 @@ def resumed_state(session: Session, job: JobSpec, work_dir: Path) -> State:
     if not isinstance(fetched, ResumeFetched):
         raise RemoteProtocolError(f"worker answered FetchResume with {type(fetched).__name__}")
     state = State(fetched.round, fetched.model, fetched.momentum)
+    fragments = fragments_of(session, job, work_dir, state)
     for record in fetched.records:
         number = state.round + 1
         outs = {part: work_dir / f"{part}-{number}-replayed.safetensors" for part in outer.PARTS}
@@ -215,6 +239,7 @@ def resumed_state(session: Session, job: JobSpec, work_dir: Path) -> State:
                 record=old[2],
                 outer=job.outer,
                 downward=job.compression.downward,
+                fragment=fragments.of(number),
             )
         except RemoteProtocolError as error:
             raise JobFailed(f"record of round {number} cannot be replayed: {error}") from error
@@ -232,7 +257,8 @@ def work(session: Session, job: JobSpec, work_dir: Path) -> None:
         return models.build(job.model, source=fetch_source(session, job))
 
     with Evaluator(session, job, work_dir, build) as evaluator:
-        Aggregator(session, job, work_dir, state, evaluator).run()
+        fragments = fragments_of(session, job, work_dir, state)
+        Aggregator(session, job, work_dir, state, evaluator, fragments).run()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,10 +12,13 @@ memory of a dozen pieces, however large the model and however many the workers.
 Where updates are coded (hypha.protocol.compression), U is what the coded file decodes to, here as at the workers. What
 coding lost is owed: with a coding that wants feedback it is added to the next U, and until then lies beside the
 momentum, each tensor's elements in pairs (v, owed).
+
+Where the model is synchronised in fragments (hypha.protocol.fragments), pseudo-gradient, record and update hold the
+tensors of one; model and momentum stay whole, and what is not of the fragment is copied.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from hypha.errors import RemoteProtocolError
 from hypha.protocol.compression import PLAIN, Coding
 from hypha.protocol.job import OuterOptimizer
 from hypha.training.coded import CodedReader, CodedWriter, Generators
-from hypha.training.tensors import Piece, Reader, Shapes, Writer, Written, is_finite, mismatch
+from hypha.training.tensors import Piece, Reader, Shapes, Writer, Written, is_finite, mismatch, pieces_of
 
 PARTS = ("model", "momentum", "record", "update")
 
@@ -86,6 +89,7 @@ def pseudo_gradient(
     generators: Generators | None = None,
     owed: Path | None = None,
     lost: Path | None = None,
+    fragment: Collection[str] | None = None,
 ) -> Written:
     """Write Δ = θ_start − θ_end, θ_start being the file the round began with, θ_end the parameters now.
 
@@ -93,11 +97,11 @@ def pseudo_gradient(
     Raises RemoteProtocolError: it cannot be coded.
     """
     start, debt = Reader(base), None if owed is None else Reader(owed)
-    shapes = start.layout.shapes()
+    shapes = _moved(start.layout.shapes(), fragment)
     with ExitStack() as stack:
         file = stack.enter_context(CodedWriter(out, shapes, coding, generators))
         rest = None if lost is None else stack.enter_context(Writer(lost, shapes))
-        for piece in start.pieces():
+        for piece in pieces_of(shapes):
             delta = start.part(piece) - piece.of(parameters[piece.name])
             if debt is not None:
                 delta += debt.part(piece)
@@ -109,14 +113,22 @@ def pseudo_gradient(
         return file.finish()
 
 
-def subtract(out: Path, base: Path, update: Path, *, coding: Coding = PLAIN) -> Written:
+def subtract(
+    out: Path, base: Path, update: Path, *, coding: Coding = PLAIN, fragment: Collection[str] | None = None
+) -> Written:
     """Write θ' = θ − U: what every worker does with an outer update, as the parameter server did."""
     model = Reader(base)
-    change = _coded(update, model.layout.shapes(), coding, "update")
+    moved = _moved(model.layout.shapes(), fragment)
+    change = _coded(update, moved, coding, "update")
     with Writer(out, model.layout.shapes()) as file:
         for piece in model.pieces():
-            file.append(model.part(piece) - change.part(piece))
+            before = model.part(piece)
+            file.append(before - change.part(piece) if piece.name in moved else before)
         return file.finish()
+
+
+def _moved(shapes: Shapes, fragment: Collection[str] | None) -> Shapes:
+    return shapes if fragment is None else {name: shape for name, shape in shapes.items() if name in fragment}
 
 
 def zeros(out: Path, shapes: Shapes) -> Written:
@@ -136,23 +148,29 @@ def step(
     outer: OuterOptimizer,
     upward: Coding = PLAIN,
     downward: Coding = PLAIN,
+    fragment: Collection[str] | None = None,
 ) -> Stepped:
     """Merge contributions, coded `upward`, and take one outer step; `outs` names the four files by PARTS.
 
-    The update is written as `downward` codes it. Raises RemoteProtocolError: nothing to merge, wrong tensors, or a
-    result that is not finite. Then no file is left.
+    The update is written as `downward` codes it. `fragment`: names of the tensors that are moved, None for all.
+    Raises RemoteProtocolError: nothing to merge, wrong tensors, or a result that is not finite. Then no file is left.
     """
     counted = [share for share in shares if share.samples > 0]
     if not counted:
         raise RemoteProtocolError("a total weight of zero is not a step")
     theta = Reader(model)
     shapes = theta.layout.shapes()
+    moved = _moved(shapes, fragment)
     velocity = Velocity(momentum, shapes)
-    deltas = [(_coded(share.path, shapes, upward, f"contribution of {share.name}"), share.samples) for share in counted]
+    deltas = [(_coded(share.path, moved, upward, f"contribution of {share.name}"), share.samples) for share in counted]
     samples = sum(share.samples for share in counted)
     squares = 0.0
-    with _outputs(outs, shapes, downward) as (files, sent):
+    with _outputs(outs, shapes, moved, downward) as (files, sent):
         for piece in theta.pieces():
+            if piece.name not in moved:
+                files["model"].append(theta.part(piece))
+                files["momentum"].append(velocity.as_is(piece, owing=downward.feedback))
+                continue
             gradient = mean(((file.part(piece), count) for file, count in deltas), samples=samples)
             speed, owed = velocity.part(piece)
             speed, update = nesterov(speed, gradient, outer)
@@ -187,6 +205,11 @@ class Velocity:
         both = self._file.part(Piece(piece.name, 2 * piece.start, 2 * piece.stop)).view(-1, 2)
         return both[:, 0].clone(), both[:, 1].clone()
 
+    def as_is(self, piece: Piece, *, owing: bool) -> torch.Tensor:
+        """Return what the next momentum holds of a tensor that the step does not touch."""
+        speed, owed = self.part(piece)
+        return paired(speed, torch.zeros_like(speed) if owed is None else owed) if owing else speed
+
 
 def pairs(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Shapes of tensors that hold two numbers for every element."""
@@ -207,16 +230,12 @@ def _coded(path: Path, shapes: Shapes, coding: Coding, what: str) -> CodedReader
 
 @contextmanager
 def _outputs(
-    outs: Mapping[str, Path], shapes: Shapes, downward: Coding
+    outs: Mapping[str, Path], shapes: Shapes, moved: Shapes, downward: Coding
 ) -> Iterator[tuple[dict[str, Writer], CodedWriter]]:
-    momentum = pairs(shapes) if downward.feedback else shapes
+    held = {"model": shapes, "momentum": pairs(shapes) if downward.feedback else shapes, "record": moved}
     with ExitStack() as stack:
-        files = {
-            part: stack.enter_context(Writer(outs[part], momentum if part == "momentum" else shapes))
-            for part in PARTS
-            if part != "update"
-        }
-        yield files, stack.enter_context(CodedWriter(outs["update"], shapes, downward))
+        files = {part: stack.enter_context(Writer(outs[part], held[part])) for part in PARTS if part in held}
+        yield files, stack.enter_context(CodedWriter(outs["update"], moved, downward))
 
 
 def replay(
@@ -227,7 +246,8 @@ def replay(
     record: Path,
     outer: OuterOptimizer,
     downward: Coding = PLAIN,
+    fragment: Collection[str] | None = None,
 ) -> Stepped:
     """Take again the outer step whose Δ̄ was recorded: the same bits as when it was first taken."""
     shares = [Share(record, 1, "record")]
-    return step(outs, model=model, momentum=momentum, shares=shares, outer=outer, downward=downward)
+    return step(outs, model=model, momentum=momentum, shares=shares, outer=outer, downward=downward, fragment=fragment)

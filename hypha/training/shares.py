@@ -8,7 +8,7 @@ does the trained model.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +31,13 @@ def pseudo_gradients(
     coding: Coding,
     owed: Sequence[Path],
     lost: Sequence[Path],
+    fragment: Collection[str],
     work_dir: Path,
 ) -> tuple[FileRef, ...]:
     """Write what the parameters have become since the base, coded, and what coding lost to `lost`, if that is wanted.
 
-    `used` are the samples they were trained on. Raises RemoteProtocolError: it cannot be coded.
+    `used` are the samples they were trained on, `fragment` the tensors that the round synchronises. Raises
+    RemoteProtocolError: it cannot be coded.
     """
     written = [
         outer.pseudo_gradient(
@@ -46,16 +48,20 @@ def pseudo_gradients(
             generators=partial(generator_of, round_, used),
             owed=owed[shard] if owed else None,
             lost=lost[shard] if lost else None,
+            fragment=fragment,
         )
         for shard, base in enumerate(bases)
     ]
     return tuple(each.ref(work_dir) for each in written)
 
 
-def subtract(outs: Sequence[Path], bases: Sequence[Path], updates: Sequence[Path], *, coding: Coding) -> list[Written]:
+def subtract(
+    outs: Sequence[Path], bases: Sequence[Path], updates: Sequence[Path], *, coding: Coding, fragment: Collection[str]
+) -> list[Written]:
     """Write θ' = θ − U of every shard. Raises RemoteProtocolError: an update does not fit its base."""
     return [
-        outer.subtract(out, base, update, coding=coding) for out, base, update in zip(outs, bases, updates, strict=True)
+        outer.subtract(out, base, update, coding=coding, fragment=fragment)
+        for out, base, update in zip(outs, bases, updates, strict=True)
     ]
 
 
@@ -63,9 +69,3 @@ def generator_of(round_: int, used: Sequence[Interval], tensor: str) -> torch.Ge
     """Randomness of a worker's own, yet the same again: no two workers take the same samples in the same round."""
     seed = hashlib.sha256(msgspec.json.encode((round_, sorted(used), tensor))).digest()
     return torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
-
-
-def remove(paths: Iterable[Path]) -> None:
-    """Remove files that nobody needs any more, if they are there."""
-    for path in paths:
-        path.unlink(missing_ok=True)

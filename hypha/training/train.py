@@ -6,15 +6,15 @@
                               └── UpdateArrived: θ ← θ_base − U ◀── wait
 
 What to do next is decided by hypha.training.standing. For every round not yet committed the executor keeps the base (a
-file for each shard), its inner state from the round's beginning, and its update: so it can go back and send that
-again. Beside the base lies what coding earlier updates lost (hypha.training.outer), and what coding this one's lost.
+files, one for each shard), its inner state from the round's beginning, and its update: so it can go back and send that
+again (hypha.training.kept). Where a round synchronises a fragment only, its own parameters from the round's beginning
+are kept, too (hypha.training.local).
 """
 
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -39,12 +39,14 @@ from hypha.protocol.bridge import (
     TrainProgress,
     UpdateArrived,
 )
+from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import JobSpec
 from hypha.protocol.messages import Interval
 from hypha.telemetry import get_logger, inject, span_from
-from hypha.training import executor, models, shares, standing, tensors
+from hypha.training import executor, local, models, shares, standing, tensors
 from hypha.training.batches import Feed, rows_of
-from hypha.training.inner import Inner, InnerLoop
+from hypha.training.inner import InnerLoop
+from hypha.training.kept import Book, Kept, remove
 from hypha.training.session import BridgeRefused, Session
 from hypha.training.sources import fetch_preprocessor, fetch_source
 
@@ -62,22 +64,6 @@ HEARTBEAT_S = 10.0
 REFUSALS_MAX = 5
 
 
-@dataclass
-class Kept:
-    """One uncommitted round as this executor has it."""
-
-    base: tuple[Path, ...]  # by shard
-    digest: str
-    inner: Inner  # at the round's beginning
-    update: SendUpdate | None = None
-    contributed: bool = False
-    begun: bool = False  # inner steps were taken on it
-    requests: int = 0  # FetchSamples made so far
-    refusals: int = 0
-    owed: tuple[Path, ...] = ()  # what codings before this round lost, by shard
-    lost: tuple[Path, ...] = ()  # what will be owed once this round's update was accepted
-
-
 class Trainer:
     """One executor's state across rounds; `here` is the round whose base the model stands on."""
 
@@ -87,9 +73,9 @@ class Trainer:
         self.inner = InnerLoop(models.build(job.model, source=fetch_source(session, job)), job.inner, device)
         self.preprocess = fetch_preprocessor(session, job)
         self.parameters = models.parameters_of(self.inner.model)
+        self.fragments = Fragments(self.parameters, job.streaming)
         self.outlook = standing.Outlook()
-        self.kept: dict[int, Kept] = {}
-        self.debts: set[Path] = set()
+        self.kept = Book(work_dir)
         self.here = 0
         self.reported_at = 0.0
         self.recent_s: deque[float] = deque(maxlen=RECENT_BATCHES)
@@ -123,81 +109,97 @@ class Trainer:
             raise RemoteProtocolError(f"worker answered FetchBase with {type(fetched).__name__}")
         self._listen()
         self.outlook.forget_updates_from(fetched.round)
-        self._stand(fetched.round, tuple(self.work_dir / file.path for file in fetched.files), fetched.digest)
+        base = tuple(self.work_dir / file.path for file in fetched.files)
+        tensors.load_parts(base, self.parameters)
+        self._stand(fetched.round, base, fetched.digest)
 
     def apply(self, arrived: UpdateArrived) -> None:
-        """Stand on θ_base − U, if that is what the parameter server says it is; else on what it holds."""
+        """Stand on θ_base − U, if that is what the parameter servers say it is; else on what they hold."""
+        moved = self._moved(arrived)
+        if not moved:
+            return self.fetch_base()
+        kept, after, own = self.kept[arrived.round], self.kept.get(arrived.round + 1), None
+        if self.job.streaming.plain:
+            # A close of an earlier round is applied to the state that followed that round's inner steps.
+            if after is not None:
+                self.inner.restore(after.inner)
+            tensors.load_parts(moved, self.parameters)
+        else:
+            # What was trained and not contributed is void: its samples are others' now.
+            if arrived.round != self.here or not kept.contributed:
+                self._rewind(arrived.round)
+            own = tensors.save(self.work_dir / f"local-{arrived.round + 1}.safetensors", self.parameters).path
+            self._mix(moved, arrived.round)
+        self.kept.forget(arrived.round - 1, here=self.here)
+        return self._stand(arrived.round + 1, moved, arrived.model_digest, own)
+
+    def _moved(self, arrived: UpdateArrived) -> tuple[Path, ...]:
+        """Write the base that an outer update leads to, by shard; nothing where that is not the parameter servers'."""
         bases, updates = self.kept[arrived.round].base, [self.work_dir / file.path for file in arrived.files]
         name = f"model-{arrived.round}-{arrived.close}"
-        results = [self.work_dir / f"{name}-{part[:8]}.safetensors" for part in arrived.parts]
+        results = tuple(self.work_dir / f"{name}-{part[:8]}.safetensors" for part in arrived.parts)
         with span_from(arrived.traceparent, "outer_update", round=arrived.round, close=arrived.close) as span:
             del self.outlook.updates[arrived.round]
             try:
-                written = shares.subtract(results, bases, updates, coding=self.job.compression.downward)
-                shares.remove(updates)
+                coding, fragment = self.job.compression.downward, self.fragments.of(arrived.round)
+                written = shares.subtract(results, bases, updates, coding=coding, fragment=fragment)
+                remove(updates)
             except RemoteProtocolError as error:
                 span.fail(error)
                 log.warn("Outer update is unusable, fetching the model", round=arrived.round, reason=str(error))
-                return self.fetch_base()
+                return ()
             if tuple(each.digest for each in written) != arrived.parts:
                 log.warn("Outer update leads elsewhere, fetching the model", round=arrived.round)
-                return self.fetch_base()
-            # A close of an earlier round is applied to the state that followed that round's inner steps.
-            after = self.kept.get(arrived.round + 1)
-            if after is not None:
-                self.inner.restore(after.inner)
-            self._committed(arrived.round - 1)
-            return self._stand(arrived.round + 1, tuple(results), arrived.model_digest)
+                return ()
+            return results
 
     def go_back(self, round_: int) -> None:
         """Stand on a kept base again: its round is open again, and what came after it is void."""
         kept = self.kept[round_]
         log.info("Round is open again", round=round_, resend=kept.update is not None)
-        after = self.kept.get(round_ + 1)
-        self.inner.restore(after.inner if kept.update is not None and after is not None else kept.inner)
+        if kept.update is not None:
+            self._rewind(round_)
+        else:
+            self._restart(round_)
         for later in (one for number, one in self.kept.items() if number > round_):
             later.update, later.contributed = None, False
         kept.contributed = False
         self.outlook.forget_updates_from(round_)
-        tensors.load_parts(kept.base, self.parameters)
         self.here = round_
         self._ready()
 
-    def _stand(self, round_: int, base: tuple[Path, ...], digest: str) -> None:
-        tensors.load_parts(base, self.parameters)
+    def _rewind(self, round_: int) -> None:
+        """Be as the round's inner steps left us; where that is not known, as it began."""
+        kept, after = self.kept[round_], self.kept.get(round_ + 1)
+        if after is None or (after.local is None and not self.job.streaming.plain):
+            return self._restart(round_)
+        tensors.load_parts(kept.base if after.local is None else (after.local,), self.parameters)
+        return self.inner.restore(after.inner)
+
+    def _restart(self, round_: int) -> None:
+        """Be as the round began."""
+        kept = self.kept[round_]
+        tensors.load_parts(kept.base if kept.local is None else (kept.local,), self.parameters)
+        self.inner.restore(kept.inner)
+        if kept.local is not None:
+            self._mix(kept.base, round_ - 1)
+
+    def _mix(self, base: tuple[Path, ...], round_: int) -> None:
+        """Take over what a round synchronised, as far as the job wants."""
+        fragment = self.fragments.of(round_)
+        local.mix(self.parameters, base, fragment=fragment, weight=self.job.streaming.mixing)
+
+    def _stand(self, round_: int, base: tuple[Path, ...], digest: str, own: Path | None = None) -> None:
+        """Begin a round with the parameters as they are."""
         inner = self.inner.save(self.work_dir / f"inner-{round_}.safetensors")
-        self._replace(round_, Kept(base, digest, inner, owed=self._owed(round_)))
+        fragment = self.job.streaming.turn(round_)
+        self.kept.put(round_, Kept(base, digest, inner, owed=self.kept.owed(round_), local=own, fragment=fragment))
         self.here = round_
         self.outlook.settle()
         self._ready()
 
     def _ready(self) -> None:
         self._report(BaseReady(round=self.here, digest=self.kept[self.here].digest))
-
-    def _replace(self, round_: int, kept: Kept) -> None:
-        old = self.kept.get(round_)
-        self.kept[round_] = kept
-        if old is not None:
-            shares.remove(set(old.base) - set(kept.base))
-
-    def _owed(self, round_: int) -> tuple[Path, ...]:
-        """What a round that begins now has to make good: what the last accepted update before it lost."""
-        before = max((number for number in self.kept if number < round_), default=None)
-        if before is None:
-            return self.kept[round_].owed if round_ in self.kept else ()
-        kept = self.kept[before]
-        return kept.lost if kept.contributed and kept.lost else kept.owed
-
-    def _committed(self, round_: int) -> None:
-        """What was kept to undo rounds up to `round_` may go."""
-        for number in [one for one in self.kept if one <= round_ and one != self.here]:
-            kept = self.kept.pop(number)
-            update = () if kept.update is None else kept.update.files
-            inner = [] if kept.inner.path is None else [kept.inner.path]
-            shares.remove([*kept.base, *inner, *(self.work_dir / file.path for file in update)])
-        needed = {path for kept in self.kept.values() for path in (*kept.owed, *kept.lost)}
-        shares.remove(self.debts - needed)
-        self.debts &= needed
 
     # --- one round ---
 
@@ -220,8 +222,7 @@ class Trainer:
     def train_round(self, kept: Kept) -> SendUpdate | None:
         """Take inner steps until told to sync or out of samples; None when an event ends the round first."""
         if kept.begun:
-            tensors.load_parts(kept.base, self.parameters)
-            self.inner.restore(kept.inner)
+            self._restart(self.here)
         kept.begun = True
         round_, samples_max = self.here, self.job.rounds.samples_between_updates
         batches = samples = 0
@@ -259,15 +260,16 @@ class Trainer:
         coding = self.job.compression.upward
         if coding.feedback:
             kept.lost = tuple(self.work_dir / f"lost-{self.here}-{n}.safetensors" for n in range(len(kept.base)))
-            self.debts.update(kept.lost)
+            self.kept.debts.update(kept.lost)
         return shares.pseudo_gradients(
             kept.base,
             self.parameters,
             round_=self.here,
             used=used,
             coding=coding,
-            owed=kept.owed,
+            owed=kept.owed.get(kept.fragment, ()),
             lost=kept.lost,
+            fragment=self.fragments.of(self.here),
             work_dir=self.work_dir,
         )
 
@@ -341,7 +343,7 @@ class Trainer:
         for event in self.session.drain():
             self.outlook.take(event)
         # The base of the round after the last committed one is needed as long as that round is open.
-        self._committed(self.outlook.committed)
+        self.kept.forget(self.outlook.committed, here=self.here)
 
     def _idle(self) -> None:
         event = self.session.next_event(IDLE_S)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypha.protocol import auction_worker as rules
-from hypha.protocol.auction import OfferConfig, OfferWeights, answers, fraction_of, price_per_unit
+from hypha.protocol.auction import OfferConfig, OfferWeights, answers, fraction_for, fraction_of, price_per_unit
 from hypha.protocol.auction_worker import Gather, rank
 from hypha.protocol.messages import Ask, Choice, TaskAdvertisement
 from hypha.protocol.resources import NOTHING, Resources
@@ -171,3 +171,16 @@ def test_fractions_double_with_every_retry_until_all_are_asked():
 def test_prices_compare_per_unit_of_what_is_offered():
     assert price_per_unit(32, Resources(gpu=2)) == 1.0
     assert price_per_unit(1, NOTHING) == float("inf")
+
+
+def test_in_a_large_network_a_few_more_are_asked_than_are_wanted():
+    asked = fraction_for(16, offers=10_000, fraction=1.0)
+    assert 16 * 3 < asked * 10_000 < 16 * 6
+    assert fraction_for(16, offers=round(asked * 10_000), fraction=asked) == pytest.approx(asked)
+    assert fraction_for(1, offers=10_000, fraction=1.0) * 10_000 > 10
+
+
+def test_in_a_small_network_everybody_is_asked_and_where_nobody_answers_twice_as_many():
+    assert fraction_for(16, offers=40, fraction=1.0) == 1.0
+    assert fraction_for(4, offers=0, fraction=0.1) == 0.2
+    assert fraction_for(4, offers=0, fraction=0.8) == 1.0

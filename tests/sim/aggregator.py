@@ -6,8 +6,8 @@ StateReady(r) ─▶ ┌─ Screen ─▶ Screened ─────────�
                  └─ Stop ─▶ exit 0                          ┘
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from hypha.protocol.bridge import (
     StateReady,
     Stop,
 )
+from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import JobSpec
 from tests.sim import weights
 from tests.sim.line import BridgeRefused, Line
@@ -55,6 +56,8 @@ class Aggregator:
 
     def __init__(self, line: Line, job: JobSpec, work_dir: Path, body: Body) -> None:
         self.line, self.job, self.work_dir, self.body = line, job, work_dir, body
+        self.fragments = Fragments(weights.SHAPES, job.streaming)
+        self.mine = weights.shares(self.fragments, job.shards)[job.shard]
         self.outcome: MergeDone | None = None
         self.files: dict[int, set[str]] = {}
         self.over = False
@@ -71,9 +74,8 @@ class Aggregator:
                 await self.take(event)
 
     def _initial(self) -> State:
-        mine = partial(weights.part, shard=self.job.shard, shards=self.job.shards)
-        model = self._write("model-0", mine(weights.initial(self.job.model.seed)))
-        return State(0, model, self._write("momentum-0", mine(weights.zeros())))
+        model = self._write("model-0", weights.initial(self.job.model.seed))
+        return State(0, model, self._write("momentum-0", weights.zeros()))
 
     async def _resumed(self) -> State:
         fetched = await self.line.fetch_patiently(FetchResume())
@@ -81,17 +83,18 @@ class Aggregator:
         round_, theta, velocity = fetched.round, self._read(fetched.model), self._read(fetched.momentum)
         for record in fetched.records:
             round_ += 1
-            theta, velocity, _ = weights.step(theta, velocity, self._read(record), self.job.outer)
+            names = self.fragments.of(round_)
+            gradient = weights.read(self.work_dir / record.path, names)
+            theta, velocity, _ = weights.step(theta, velocity, gradient, self.job.outer, names)
         self.body.note(f"state of round {round_} restored from round {fetched.round}")
         model = self._write(f"model-{round_}-replayed", theta)
         return State(round_, model, self._write(f"momentum-{round_}-replayed", velocity))
 
-    def _read(self, file: FileRef) -> weights.Vector:
-        return weights.read(self.work_dir / file.path, self.job.shard, self.job.shards)
+    def _read(self, file: FileRef, names: Collection[str] = weights.SHAPES) -> weights.Vector:
+        return weights.read(self.work_dir / file.path, self.mine & set(names))
 
-    def _write(self, name: str, vector: weights.Vector) -> FileRef:
-        path = self.work_dir / f"{name}.safetensors"
-        return weights.write(path, vector, self.work_dir, self.job.shard, self.job.shards)
+    def _write(self, name: str, vector: weights.Vector, names: Collection[str] = weights.SHAPES) -> FileRef:
+        return weights.write(self.work_dir / f"{name}.safetensors", vector, self.work_dir, self.mine & set(names))
 
     async def take(self, event: Event) -> None:
         """Act on one event."""
@@ -111,7 +114,7 @@ class Aggregator:
         await self.body.work(SCREEN_S)
         path = self.work_dir / event.file.path
         # Whoever sent it may have been dropped while it waited here.
-        sound = path.is_file() and bool(np.isfinite(self._read(event.file)).all())
+        sound = path.is_file() and bool(np.isfinite(self._read(event.file, self.fragments.of(event.round))).all())
         await self.line.report(Screened(ticket=event.ticket, refusal=None if sound else "it is not finite"))
 
     async def merge(self, event: Merge) -> None:
@@ -134,11 +137,13 @@ class Aggregator:
 
     def _merged(self, event: Merge) -> MergeDone:
         inputs = sorted(event.inputs, key=lambda one: (one.peer_id, one.fence))
-        gradient = weights.mean([(self._read(one.file), one.samples) for one in inputs])
-        theta, velocity = self._read(self.state.model), self._read(self.state.momentum)
-        theta, velocity, update = weights.step(theta, velocity, gradient, self.job.outer)
-        vectors = {"model": theta, "momentum": velocity, "record": gradient, "update": update}
-        refs = {part: self._write(f"{part}-{event.round}-{event.close}", v) for part, v in vectors.items()}
+        names = self.fragments.of(event.round)
+        deltas = [(self._read(one.file, names), one.samples) for one in inputs]
+        theta, velocity, gradient = self._read(self.state.model), self._read(self.state.momentum), weights.mean(deltas)
+        theta, velocity, update = weights.step(theta, velocity, gradient, self.job.outer, names)
+        whole, moved = {"model": theta, "momentum": velocity}, {"record": gradient, "update": update}
+        refs = {part: self._write(f"{part}-{event.round}-{event.close}", v) for part, v in whole.items()}
+        refs |= {part: self._write(f"{part}-{event.round}-{event.close}", v, names) for part, v in moved.items()}
         self.files.setdefault(event.round, set()).update(ref.path for ref in refs.values())
         return MergeDone(round=event.round, close=event.close, update_norm=float(np.linalg.norm(update)), **refs)
 

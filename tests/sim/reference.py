@@ -2,24 +2,39 @@
 
 entry r ─▶ contributions: samples named ─▶ their pseudo-gradients on model r-1, byte for byte
         ─▶ merged by weight in (peer id, fence) order ─▶ Nesterov ─▶ model r, momentum r, record r: by digest
+of a round's fragment, where the job has fragments
 """
 
+from collections.abc import Collection
+from hashlib import sha256
+
+from hypha.protocol.fragments import Fragments, Streaming
 from hypha.protocol.job import OuterOptimizer
 from hypha.protocol.manifest import RoundCommitted
 from hypha.protocol.messages import Contribution, Interval
+from hypha.protocol.shards import whole_digest
 from tests.sim import dataset, weights
 
 
 class Reference:
     """Replays committed rounds; `round` is the newest, `samples` counts all that were used."""
 
-    def __init__(self, *, seed: int, sizes: tuple[int, ...], outer: OuterOptimizer, shards: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        seed: int,
+        sizes: tuple[int, ...],
+        outer: OuterOptimizer,
+        streaming: Streaming = Streaming(),  # noqa: B008 - frozen
+        shards: int = 1,
+    ) -> None:
         self.round = 0
         self.samples = 0
         self.epochs = 0
         self._sizes = sizes
+        self._fragments = Fragments(weights.SHAPES, streaming)
         self._outer = outer
-        self._shards = shards
+        self._shares = weights.shares(self._fragments, shards)
         self._theta = weights.initial(seed)
         self._velocity = weights.zeros()
         self._used: dict[int, set[int]] = {}
@@ -27,7 +42,10 @@ class Reference:
     @property
     def model_digests(self) -> tuple[str, ...]:
         """Of the model after the newest round, by shard."""
-        return weights.digests(self._theta, self._shards)
+        return self._digests(self._theta, weights.SHAPES)
+
+    def _digests(self, vector: weights.Vector, names: Collection[str]) -> tuple[str, ...]:
+        return tuple(weights.digest(vector, share & set(names)) for share in self._shares)
 
     def commit(self, entry: RoundCommitted) -> list[str]:
         """Take the next round; returns every way in which it is not what it must be."""
@@ -39,14 +57,19 @@ class Reference:
             faults.append(f"L5: round {merged.round} starts from another model than round {self.round} left")
         faults += [fault for each in entry.contributions for fault in self._use(each)]
         named = [(self._delta(c), c.samples) for c in self._ordered(entry.contributions) if c.samples]
-        gradient = weights.mean(named)
-        self._theta, self._velocity, update = weights.step(self._theta, self._velocity, gradient, self._outer)
+        gradient, moved = weights.mean(named), self._fragments.of(merged.round)
+        self._theta, self._velocity, update = weights.step(self._theta, self._velocity, gradient, self._outer, moved)
         self.round = merged.round
-        made = {"model": self._theta, "momentum": self._velocity, "record": gradient, "update": update}
-        for part, vector in made.items():
+        made = {
+            "model": (self._theta, weights.SHAPES),
+            "momentum": (self._velocity, weights.SHAPES),
+            "record": (gradient, moved),
+            "update": (update, moved),
+        }
+        for part, (vector, names) in made.items():
             found = tuple(getattr(each, f"{part}_digest") for each in entry.shards)
-            whole = getattr(merged, f"{part}_digest")
-            if (found, whole) != (weights.digests(vector, self._shards), weights.digest_of_all(vector, self._shards)):
+            wanted = self._digests(vector, names)
+            if (found, getattr(merged, f"{part}_digest")) != (wanted, whole_digest(wanted, sha256)):
                 faults.append(f"the {part} of round {merged.round} is not what its contributions make")
         return faults
 
@@ -76,6 +99,7 @@ class Reference:
                 faults.append(f"L6: {who} used epoch {interval.epoch} before the one before it was all used")
         self.samples += contribution.samples
         self.epochs = sum(len(used) == sum(self._sizes) for used in self._used.values())
-        if weights.digest_of_all(self._delta(contribution), self._shards) != contribution.digest:
+        moved = self._fragments.of(contribution.round)
+        if whole_digest(self._digests(self._delta(contribution), moved), sha256) != contribution.digest:
             faults.append(f"the contribution of {who} is not what its samples and base give")
         return faults

@@ -5,7 +5,7 @@
 What to do next is decided by the real rules, `hypha.training.standing`; samples are asked for one grant ahead, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +33,7 @@ from hypha.protocol.bridge import (
     TrainProgress,
     UpdateArrived,
 )
+from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import JobSpec
 from hypha.protocol.messages import Interval
 from hypha.training import standing
@@ -127,6 +128,8 @@ class Trainer:
 
     def __init__(self, line: Line, job: JobSpec, work_dir: Path, body: Body, batch_s: float) -> None:
         self.line, self.job, self.work_dir, self.body, self.batch_s = line, job, work_dir, body, batch_s
+        self.fragments = Fragments(weights.SHAPES, job.streaming)
+        self.shares = weights.shares(self.fragments, job.shards)
         self.outlook = standing.Outlook()
         self.kept: dict[int, Kept] = {}
         self.here = 0
@@ -163,10 +166,10 @@ class Trainer:
         """Stand on θ_base − U, if that is what the parameter server says it is; else on what it holds."""
         base = self.kept[arrived.round].base
         del self.outlook.updates[arrived.round]
-        result = base - self._read(arrived.files)
+        result = base - self._read(arrived.files, self.fragments.of(arrived.round))
         for file in arrived.files:
             (self.work_dir / file.path).unlink()
-        if weights.digests(result, self.job.shards) != arrived.parts:
+        if tuple(weights.digest(result, names) for names in self.shares) != arrived.parts:
             self.body.note(f"update of round {arrived.round} leads elsewhere")
             return await self.fetch_base()
         self._committed(arrived.round - 1)
@@ -307,16 +310,10 @@ class Trainer:
 
     def _update(self, kept: Kept, used: Sequence[Interval], samples: Sequence[int]) -> SendUpdate:
         delta = weights.pseudo_gradient(samples, kept.base)
-        shards = self.job.shards
+        moved = self.fragments.of(self.here)
         files = [
-            weights.write(
-                self.work_dir / f"update-{self.here}-{shard}.safetensors",
-                weights.part(delta, shard, shards),
-                self.work_dir,
-                shard,
-                shards,
-            )
-            for shard in range(shards)
+            weights.write(self.work_dir / f"update-{self.here}-{n}.safetensors", delta, self.work_dir, moved & names)
+            for n, names in enumerate(self.shares)
         ]
         return SendUpdate(
             round=self.here,
@@ -327,9 +324,11 @@ class Trainer:
             loss=1.0 if samples else 0.0,
         )
 
-    def _read(self, files: Sequence[FileRef]) -> weights.Vector:
-        found = [weights.read(self.work_dir / file.path, shard, len(files)) for shard, file in enumerate(files)]
-        return weights.join(found)
+    def _read(self, files: Sequence[FileRef], names: Collection[str] = weights.SHAPES) -> weights.Vector:
+        whole = weights.zeros()
+        for file, share in zip(files, self.shares, strict=True):
+            whole += weights.read(self.work_dir / file.path, share & set(names))
+        return whole
 
     # --- listening ---
 

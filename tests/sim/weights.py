@@ -1,16 +1,14 @@
-"""The simulated model: fifteen numbers in two tensors, trained by arithmetic that can be repeated from the chain alone.
+"""The simulated model: fifteen numbers in three layers, trained by arithmetic that the chain alone can repeat.
 
     sample i ─▶ g(i) = sin((i+1)·k)          pseudo-gradient of a contribution: mean of g over its samples + θ/100
     contributions ─▶ mean by samples ─▶ Nesterov ─▶ θ', v', Δ̄, U        as hypha.training.outer, in numpy fp32
 
-Every file is canonical SafeTensors, so equal numbers have equal digests. Where parameter servers share the model each
-has a part of its own: the elements of its tensors, to which the same arithmetic is done.
+Every file is canonical SafeTensors, so equal numbers have equal digests. A file may hold some of the tensors only; a
+vector has all elements, those of other tensors being zero.
 """
 
-import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +16,15 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from hypha.protocol.bridge import FileRef
+from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import OuterOptimizer
-from hypha.protocol.shards import split, whole_digest
-from hypha.protocol.tensorfile import Layout, TensorSpec, layout, parse_header
+from hypha.protocol.shards import split
+from hypha.protocol.tensorfile import TensorSpec, layout, parse_header
 
 Vector = npt.NDArray[np.float32]  # all elements of the model, in file order
-SHAPES = {"bias": (3,), "weight": (4, 3)}
+SHAPES = {"layers.0.weight": (4,), "layers.1.weight": (4, 2), "layers.2.bias": (3,)}
 ELEMENTS = 15
-_SIZES = {name: math.prod(shape) for name, shape in SHAPES.items()}
+_PLACES = {"layers.0.weight": slice(0, 4), "layers.1.weight": slice(4, 12), "layers.2.bias": slice(12, 15)}
 _WAVES = 0.37 * np.arange(1, ELEMENTS + 1)
 IDS = "ids"  # the one tensor of the simulated dataset: a number for each sample
 
@@ -59,76 +58,59 @@ def mean(weighted: Sequence[tuple[Vector, int]]) -> Vector:
     return total
 
 
-def step(theta: Vector, velocity: Vector, gradient: Vector, outer: OuterOptimizer) -> tuple[Vector, Vector, Vector]:
-    """Return θ', v' and U of one Nesterov step."""
+def step(
+    theta: Vector, velocity: Vector, gradient: Vector, outer: OuterOptimizer, names: Collection[str] = SHAPES
+) -> tuple[Vector, Vector, Vector]:
+    """Return θ', v' and U of one Nesterov step on these tensors; the others stay."""
     momentum, rate = np.float32(outer.momentum), np.float32(outer.learning_rate)
-    speed = velocity * momentum + gradient
-    update = (speed * momentum + gradient) * rate
+    speed, update = velocity.copy(), zeros()
+    for name in sorted(names):
+        at = _PLACES[name]
+        speed[at] = velocity[at] * momentum + gradient[at]
+        update[at] = (speed[at] * momentum + gradient[at]) * rate
     return theta - update, speed, update
 
 
-@cache
-def _file_of(shard: int, shards: int) -> tuple[bytes, Layout]:
-    names = split(_SIZES, shards)[shard]
-    return layout([TensorSpec(name, "F32", SHAPES[name]) for name in names])
+def shares(fragments: Fragments, shards: int) -> list[frozenset[str]]:
+    """Return the names of the tensors that each of so many parameter servers has."""
+    sizes = {name: 4 * math.prod(shape) for name, shape in SHAPES.items()}
+    return [frozenset(names) for names in split(sizes, shards, fragments.parts)]
 
 
-def _elements(shard: int, shards: int) -> npt.NDArray[np.intp]:
-    """Where the elements of a shard lie among all, in file order."""
-    starts, at = {}, 0
-    for name in sorted(SHAPES):
-        starts[name], at = at, at + _SIZES[name]
-    names = split(_SIZES, shards)[shard]
-    return np.concatenate([np.arange(starts[name], starts[name] + _SIZES[name]) for name in names])
+def to_bytes(vector: Vector, names: Collection[str] = SHAPES) -> bytes:
+    """The file that holds these numbers of these tensors."""
+    header, _ = layout([TensorSpec(name, "F32", SHAPES[name]) for name in names])
+    return header + b"".join(vector[_PLACES[name]].astype("<f4").tobytes() for name in sorted(names))
 
 
-def part(vector: Vector, shard: int, shards: int) -> Vector:
-    """Return a shard's elements of the whole."""
-    return vector[_elements(shard, shards)]
-
-
-def join(parts: Sequence[Vector]) -> Vector:
-    """Return the whole that consists of these shards."""
-    whole = zeros()
-    for shard, elements in enumerate(parts):
-        whole[_elements(shard, len(parts))] = elements
-    return whole
-
-
-def to_bytes(part: Vector, shard: int = 0, shards: int = 1) -> bytes:
-    """The file that holds a shard's numbers."""
-    return _file_of(shard, shards)[0] + part.astype("<f4").tobytes()
-
-
-def digest(part: Vector, shard: int = 0, shards: int = 1) -> str:
+def digest(vector: Vector, names: Collection[str] = SHAPES) -> str:
     """The digest of that file."""
-    return blake3(to_bytes(part, shard, shards)).hexdigest()
+    return blake3(to_bytes(vector, names)).hexdigest()
 
 
-def digests(whole: Vector, shards: int) -> tuple[str, ...]:
-    """The digests of all shards' files."""
-    return tuple(digest(part(whole, shard, shards), shard, shards) for shard in range(shards))
-
-
-def digest_of_all(whole: Vector, shards: int) -> str:
-    """What the whole is called where so many servers share it."""
-    return whole_digest(digests(whole, shards), hashlib.sha256)
-
-
-def write(path: Path, part: Vector, root: Path, shard: int = 0, shards: int = 1) -> FileRef:
-    """Write a shard's file and return it as the bridge names it."""
-    data = to_bytes(part, shard, shards)
+def write(path: Path, vector: Vector, root: Path, names: Collection[str] = SHAPES) -> FileRef:
+    """Write the file and return it as the bridge names it."""
+    data = to_bytes(vector, names)
     path.write_bytes(data)
     return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=blake3(data).hexdigest())
 
 
-def read(path: Path, shard: int = 0, shards: int = 1) -> Vector:
-    """Return the numbers in a shard's file. Raises RemoteProtocolError where it is none of ours."""
-    _, ours = _file_of(shard, shards)
+def names_in(path: Path) -> frozenset[str]:
+    """Return the names of the tensors in a file."""
     data = path.read_bytes()
-    placed = parse_header(data[: ours.header_bytes], file_bytes=len(data))
-    assert placed.shapes() == ours.shapes(), f"{path.name} is another model's"
-    return np.frombuffer(data, "<f4", offset=ours.header_bytes).astype(np.float32)
+    return frozenset(parse_header(data[: 8 + int.from_bytes(data[:8], "little")], file_bytes=len(data)).tensors)
+
+
+def read(path: Path, names: Collection[str] = SHAPES) -> Vector:
+    """Return the numbers in a file. Raises RemoteProtocolError where it is none of ours."""
+    data, vector = path.read_bytes(), zeros()
+    header, mine = layout([TensorSpec(name, "F32", SHAPES[name]) for name in names])
+    placed = parse_header(data[: len(header)], file_bytes=len(data))
+    assert placed.shapes() == mine.shapes(), f"{path.name} holds {sorted(placed.shapes())}, not {sorted(names)}"
+    for name in sorted(names):
+        at, found = _PLACES[name], placed.tensors[name]
+        vector[at] = np.frombuffer(data[found.start : found.stop], "<f4")
+    return vector
 
 
 def slice_bytes(first: int, samples: int) -> bytes:

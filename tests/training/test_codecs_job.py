@@ -12,7 +12,7 @@ from hypha.protocol.compression import CODECS, PLAIN, Coding, Compression
 from hypha.protocol.job import JobSpec, OuterOptimizer, ResumePoint, Rounds
 from hypha.protocol.messages import Interval
 from hypha.scheduler.config import JobConfig
-from hypha.training import aggregate, outer, tensors, train
+from hypha.training import aggregate, kept, outer, tensors
 from hypha.training.coded import CodedReader
 from tests.training.running import finish, start_server, start_workers
 from tests.training.test_aggregate import NoEvaluation, Reports
@@ -286,7 +286,7 @@ def test_a_worker_adds_what_it_owes_to_its_next_update(tmp_path, monkeypatch):
     for forgetful in (False, True):
         (tmp_path / str(forgetful)).mkdir()
         if forgetful:  # as one that restarts after every round
-            monkeypatch.setattr(train.Trainer, "_owed", lambda _self, _round: None)
+            monkeypatch.setattr(kept.Book, "owed", lambda _self, _round: {})
         spec = job_with(Compression(pseudo_gradients="topk"))
         with SameRows(tmp_path / str(forgetful), spec, workers=1, sync_after=4) as job:
             finish(job, start_server(job), start_workers(job))
@@ -295,29 +295,22 @@ def test_a_worker_adds_what_it_owes_to_its_next_update(tmp_path, monkeypatch):
     assert rounds[0][1] != rounds[1][1]
 
 
-def trainer_with(kept):
-    """A trainer's books without a model."""
-    trainer = object.__new__(train.Trainer)
-    trainer.kept = kept
-    return trainer
-
-
-def test_only_an_accepted_update_changes_what_is_owed(tmp_path):
-    old, lost = tmp_path / "lost-3", tmp_path / "lost-4"
-    kept = train.Kept(tmp_path / "base", "d", inner=None, owed=old, lost=lost)
-    trainer = trainer_with({4: kept})
-    assert trainer._owed(5) == old
-    kept.contributed = True
-    assert trainer._owed(5) == lost
-    assert trainer._owed(7) == lost  # fetched, after rounds it had no part in
-    assert trainer._owed(4) == old  # the same round again, on another base
-    assert trainer._owed(3) is None  # nothing kept says what was owed then
+def test_only_an_accepted_update_changes_what_is_owed_and_of_its_fragment_alone(tmp_path):
+    old, other, lost = tmp_path / "lost-2", tmp_path / "lost-3", tmp_path / "lost-4"
+    book = kept.Book(tmp_path)
+    book[4] = kept.Kept(tmp_path / "base", "d", inner=None, fragment=1, owed={0: other, 1: old}, lost=lost)
+    assert book.owed(5) == {0: other, 1: old}
+    book[4].contributed = True
+    assert book.owed(5) == {0: other, 1: lost}
+    assert book.owed(7) == {0: other, 1: lost}  # fetched, after rounds it had no part in
+    assert book.owed(4) == {0: other, 1: old}  # the same round again, on another base
+    assert book.owed(3) == {}  # nothing kept says what was owed then
 
 
 def test_no_two_workers_round_alike():
     mine, theirs = (Interval(epoch=0, slice=1, start=start, stop=start + 8) for start in (0, 8))
     first, again, other, later = (
-        torch.rand(4, generator=train.generator_of(base, used))
+        torch.rand(4, generator=kept.generator_of(base, used))
         for base, used in (("d", [mine]), ("d", [mine]), ("d", [theirs]), ("e", [mine]))
     )
     assert torch.equal(first, again)

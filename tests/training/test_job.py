@@ -113,6 +113,8 @@ class Lossy(SameRows):
     def send(self, machine, update):
         if update.round == 2:
             self.sent.append((machine.name, update))
+        elif update.round == 3:  # a fast worker waits: told to rebase now, it would send before the round is open again
+            assert self.changed.wait_for(lambda: self.opened_again, 30)
         return super().send(machine, update)
 
     def merged(self, done):
