@@ -84,7 +84,7 @@ class Aggregator:
         for record in fetched.records:
             round_ += 1
             names = self.fragments.of(round_)
-            gradient = weights.read(self.work_dir / record.path, names)
+            gradient = self._read(record, names)
             theta, velocity, _ = weights.step(theta, velocity, gradient, self.job.outer, names)
         self.body.note(f"state of round {round_} restored from round {fetched.round}")
         model = self._write(f"model-{round_}-replayed", theta)
