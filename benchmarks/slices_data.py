@@ -48,7 +48,7 @@ def _images(chance: np.random.Generator, rows: int) -> Columns:
 
 
 TOKENS = Set("tokens", {"input_ids": f"U16[{TOKENS_PER_ROW}]"}, 8_192, 3, _tokens)
-IMAGES = Set("images", {"labels": "I64[]", "pixel_values": "F32[3, 32, 32]"}, 1_024, 4, _images)
+IMAGES = Set("images", {"labels": "I64[]", "pixel_values": "F32[3, 32, 32]"}, 1_024, 8, _images)
 
 
 def write_set(directory: Path, which: Set) -> Manifest:

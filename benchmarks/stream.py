@@ -3,6 +3,7 @@
     sender (this process) ══ ssl.SSLSocket.sendall ══▶ recv_into     baseline: same certificates, same cipher
     sender ══ mutual TLS, yamux ══▶ receiver (child)                 muxed: a stream of the peers' connection
     sender ══ mutual TLS ══▶ receiver                                bulk: a connection of its own, in threads
+    sender ══ gateway ══▶ another receiver (two more children)       relayed: a quarter of the bytes
 
 4 GiB, 1 MiB pieces, memory to memory, three repetitions, alternating, so that a slow minute hits all. Ratios are those
 of the medians. Beside that: four bulk transfers at once against one, requests beside a transfer at full speed, and the
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -25,7 +27,7 @@ import trio
 
 from benchmarks.certificates import Files, issue
 from benchmarks.report import Figure, print_report
-from benchmarks.stream_peer import LANE, MEMORY, MUXED, PIECE_BYTES, config_of, forget_peak, memory_mib
+from benchmarks.stream_peer import LANE, MEMORY, MUXED, PIECE_BYTES, Part, config_of, forget_peak, memory_mib
 from hypha.network.host import Libp2pNetwork, open_network
 from hypha.network.lane import Terms, lane_of
 from hypha.protocol.messages import Ack, FetchSlice, FileHeader, Health
@@ -34,7 +36,8 @@ from hypha.runtime import RealRuntime
 GIB = 1 << 30
 REPETITIONS = 3
 AT_ONCE = 4
-STREAM_WANTED, MUXED_WANTED, BULK_WANTED = 0.5, 0.65, 0.95
+RELAYED_SHARE = 4
+STREAM_WANTED, MUXED_WANTED, BULK_WANTED, RELAYED_WANTED = 0.5, 0.65, 0.95, 0.15
 REQUEST_P99_WANTED_MS = 20.0
 MEMORY_WANTED_MIB = 32.0
 # A lease renewal is a request like this one; beside a full-speed transfer it must still be quick.
@@ -51,6 +54,15 @@ class Bench(msgspec.Struct, frozen=True):
     peer_id: str
     port: int
     files: Files
+    behind_walls: "Bench | None" = None  # the same, where only a gateway leads from one to the other
+
+
+class Said(msgspec.Struct, frozen=True):
+    """What the children said: each receiver's line, and the gateway's address."""
+
+    receiver: str
+    hidden: str
+    gateway: str
 
 
 # --- one transfer ----------------------------------------------------------------------------------------------------
@@ -112,6 +124,12 @@ async def bulk_at_once(bench: Bench, size: int) -> None:
             nursery.start_soon(bulk, bench, size // AT_ONCE)
 
 
+async def relayed(bench: Bench, size: int) -> None:
+    """Send over a stream of a connection that a gateway relays."""
+    assert bench.behind_walls is not None
+    await muxed(bench.behind_walls, size)
+
+
 def _header(name: str, size: int) -> FetchSlice:
     return FetchSlice(dataset="bench", manifest_digest=None, slice=name, offset=size)
 
@@ -165,21 +183,32 @@ async def memory_of(transfer: Transfer, bench: Bench, size: int) -> float:
     return max(after - before for before, after in zip(rest, peak, strict=True))
 
 
-async def measure(files: Files, said: str, size: int) -> tuple[list[Figure], dict[str, object]]:
-    """Run all repetitions, alternating, then what is measured beside a transfer."""
-    peer_id, addresses, port = said.split()
-    transfers: tuple[Transfer, ...] = (blocking, muxed, bulk, bulk_at_once)
-    rates: dict[Transfer, list[float]] = {each: [] for each in transfers}
-    async with open_network(files.identity(), config_of(files), role="worker", runtime=RealRuntime()) as network:
+async def measure(files: dict[str, Files], said: Said, size: int) -> tuple[list[Figure], dict[str, object]]:
+    """Open our side: one node that dials, and one that only a gateway leads to."""
+    peer_id, addresses, port = said.receiver.split()
+    hidden_id, circuits, _ = said.hidden.split()
+    mine, walled, runtime = files["sender"], files["walled"], RealRuntime()
+    async with (
+        open_network(mine.identity(), config_of(mine), role="worker", runtime=runtime) as network,
+        open_network(walled.identity(), config_of(walled, said.gateway), role="worker", runtime=runtime) as far,
+    ):
         network.learn(peer_id, bytes.fromhex(addresses))
-        bench = Bench(network, peer_id, int(port), files)
-        requests = {"idle": await latencies(bench, None, 0)}
-        memory = {"muxed": await memory_of(muxed, bench, size), "bulk": await memory_of(bulk, bench, size)}
-        for _ in range(REPETITIONS):
-            for transfer in transfers:
-                rates[transfer].append(await rate(transfer, bench, size))
-        requests["beside muxed"] = await latencies(bench, muxed, size)
-        requests["beside bulk"] = await latencies(bench, bulk, size)
+        far.learn(hidden_id, bytes.fromhex(circuits))
+        return await measured(Bench(network, peer_id, int(port), mine, Bench(far, hidden_id, 0, walled)), size)
+
+
+async def measured(bench: Bench, size: int) -> tuple[list[Figure], dict[str, object]]:
+    """Run all repetitions, alternating, then what is measured beside a transfer."""
+    transfers: tuple[Transfer, ...] = (blocking, muxed, bulk, bulk_at_once, relayed)
+    rates: dict[Transfer, list[float]] = {each: [] for each in transfers}
+    requests = {"idle": await latencies(bench, None, 0)}
+    memory = {"muxed": await memory_of(muxed, bench, size), "bulk": await memory_of(bulk, bench, size)}
+    for _ in range(REPETITIONS):
+        for transfer in transfers:
+            share = RELAYED_SHARE if transfer is relayed else 1
+            rates[transfer].append(await rate(transfer, bench, size // share))
+    requests["beside muxed"] = await latencies(bench, muxed, size)
+    requests["beside bulk"] = await latencies(bench, bulk, size)
     return _figures(rates, requests, memory), {
         "gib": size / GIB,
         "mb_s": {each.__name__: [round(one) for one in found] for each, found in rates.items()},
@@ -197,6 +226,9 @@ def _figures(
         Figure("stream_to_blocking_tls", stream, STREAM_WANTED, "higher", "ratio"),
         Figure("muxed_to_blocking_tls", stream, MUXED_WANTED, "higher", "ratio"),
         Figure("bulk_to_blocking_tls", round(median[bulk] / median[blocking], 3), BULK_WANTED, "higher", "ratio"),
+        Figure(
+            "relayed_to_blocking_tls", round(median[relayed] / median[blocking], 3), RELAYED_WANTED, "higher", "ratio"
+        ),
         Figure("four_bulk_to_one", round(median[bulk_at_once] / median[bulk], 3), 1.0, "higher", "ratio"),
         *(
             Figure(
@@ -220,20 +252,30 @@ def _quantiles(ordered: list[float]) -> dict[str, float]:
     }
 
 
+def start(stack: ExitStack, folder: Path, part: Part) -> str:
+    """Start another process, `benchmarks.stream_peer`, and return what it says."""
+    told = folder / f"{part.files.cert_pem.stem}.json"
+    told.write_bytes(msgspec.json.encode(part, enc_hook=str))
+    command = [sys.executable, "-m", "benchmarks.stream_peer", str(told)]
+    child = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    stack.callback(child.terminate)
+    assert child.stdout is not None
+    return child.stdout.readline().strip()
+
+
 def main() -> None:
-    """Measure; the other process is `benchmarks.stream_peer`."""
+    """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=4.0)
     size = int(parser.parse_args().gib * GIB) // (AT_ONCE * PIECE_BYTES) * AT_ONCE * PIECE_BYTES
-    with tempfile.TemporaryDirectory(prefix="hypha-bench-") as folder:
-        files = issue(Path(folder), {"sender": "worker", "receiver": "worker"})
-        told = Path(folder) / "receiver.json"
-        told.write_bytes(msgspec.json.encode(files["receiver"], enc_hook=str))
-        command = [sys.executable, "-m", "benchmarks.stream_peer", str(told)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            figures, detail = trio.run(measure, files["sender"], child.stdout.readline(), size)
-            child.terminate()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hypha-bench-")))
+        roles = {"sender": "worker", "receiver": "worker", "walled": "worker", "hidden": "worker", "gateway": "gateway"}
+        files = issue(folder, roles)
+        gateway = start(stack, folder, Part(files["gateway"], "gateway"))
+        receiver = start(stack, folder, Part(files["receiver"]))
+        hidden = start(stack, folder, Part(files["hidden"], gateway=gateway))
+        figures, detail = trio.run(measure, files, Said(receiver, hidden, gateway), size)
     print_report("stream", figures, detail)
 
 

@@ -1,6 +1,7 @@
 """The allocator leases what was asked for, or says in numbers what is missing and holds nothing; in virtual time."""
 
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 import trio
@@ -14,6 +15,7 @@ from hypha.protocol.messages import TOPIC_WORKER
 from hypha.protocol.resources import Resources
 from hypha.scheduler.allocator import Allocation, Allocator, Wanted
 from hypha.telemetry import inject, span_from, start
+from hypha.telemetry.logs import FIELDS
 from tests.lease_cast import AGGREGATE, ONE_CPU, TRAIN, Cast, Scheduler, offered
 from tests.telemetry.conftest import Config as TelemetryConfig
 
@@ -27,7 +29,7 @@ def cast() -> Cast:
     return Cast(MemoryFabric("allocator"))
 
 
-def allocator(scheduler: Scheduler, **options: float) -> Allocator:
+def allocator(scheduler: Scheduler, **options: Any) -> Allocator:
     return Allocator(
         scheduler.network,
         scheduler.runtime,
@@ -82,6 +84,19 @@ async def test_losers_are_free_again_at_once(cast, autojump_clock):
         await trio.sleep(0.05)
         assert len(allocation.workers) == 1
         assert sum((worker.free == Resources(cpu=1)) for worker in everybody) == 2
+
+
+async def test_an_offer_from_a_fence_counter_that_went_back_is_refused_with_what_to_do(cast, autojump_clock, caplog):
+    async with AsyncExitStack() as stack:
+        went_back, sound = await workers(cast, stack, "w-1", "w-2", executors=(TRAIN,))
+        scheduler = await stack.enter_async_context(cast.scheduler())
+        before = {"w-1": 10**6, "w-2": 0, "w-9": 10**6}
+        allocation = await allocator(scheduler, fences=lambda: before).allocate([wanted("train", 2)])
+        assert leased(allocation) == [("train", "w-2", 100)]
+        assert (went_back.leases(), sound.leases()) == ([], [("s", "renewable")])
+    said = [getattr(r, FIELDS) for r in caplog.records if r.getMessage() == "A worker's fences went back"]
+    assert [(each["worker"], "is not above 1000000" in each["reason"]) for each in said] == [("w-1", True)]
+    assert "new key" in said[0]["reason"]
 
 
 async def test_what_is_missing_is_said_in_numbers(cast, autojump_clock):

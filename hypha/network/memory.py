@@ -282,8 +282,13 @@ class MemoryFabric:
             if peer_id in records:
                 records[peer_id].expires_at = trio.current_time() + self.profile.dht_record_s
 
+    def _is_cut(self, src: str, dst: str) -> bool:
+        """Whether a partition cuts the link; one that nobody has used is made by this no more than it is cut."""
+        link = self._links.get((src, dst))
+        return link is not None and link.blocked
+
     def _tell_others(self, peer_id: str, reason: str, *, after_s: float) -> None:
         """Let everybody who can hear it learn that connections to this node broke."""
         for node in self.up():
-            if node.peer_id != peer_id and not self.link(peer_id, node.peer_id).blocked:
+            if node.peer_id != peer_id and not self._is_cut(peer_id, node.peer_id):
                 node.mailbox.post(trio.current_time() + after_s, partial(node.lost, peer_id, reason))

@@ -8,6 +8,8 @@ Built by hand: `libp2p.new_host` accepts plaintext unless told otherwise and bri
 its own. Here connections are bounded by the swarm, streams by the multiplexer, requests by the dispatcher.
 """
 
+import resource
+
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import TProtocol
@@ -23,10 +25,21 @@ from hypha.network.listening import Census
 from hypha.network.patches import Swarm
 from hypha.pki import Identity
 
-# Below the usual limit of 1024 open files, with room for everything else a node has open.
-CONNECTIONS_MAX = 900
+# Each connection is an open file; of those that the system allows (`ulimit -n`, often 1024) a node needs some besides.
+FILES_BESIDES = 124
+# A scheduler or gateway of the largest networks; beyond it something dials without end.
+CONNECTIONS_MAX = 8192
 # Both sides may dial at once, and a relayed connection may stay beside a direct one.
 CONNECTIONS_PER_PEER_MAX = 4
+
+
+def connections_max(files_max: int) -> int:
+    """Return how many connections a node may have that may open so many files (-1: any number)."""
+    return (
+        CONNECTIONS_MAX
+        if files_max < 0
+        else max(CONNECTIONS_PER_PEER_MAX, min(CONNECTIONS_MAX, files_max - FILES_BESIDES))
+    )
 
 
 def build_swarm(
@@ -44,9 +57,10 @@ def build_swarm(
         },
         muxer_transports_by_protocol={TProtocol(yamux.PROTOCOL_ID): yamux.Yamux},
     )
+    most = connections_max(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     limits = ConnectionConfig(
-        max_connections=CONNECTIONS_MAX,
-        high_watermark=CONNECTIONS_MAX,
+        max_connections=most,
+        high_watermark=most,
         min_connections=0,
         low_watermark=0,
         max_connections_per_peer=CONNECTIONS_PER_PEER_MAX,

@@ -9,7 +9,7 @@ One call is one auction and one trace, from the advertisement to the first renew
 backoff.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 from msgspec import Struct
@@ -23,7 +23,7 @@ from hypha.protocol.messages import TOPIC_WORKER, Ack, Ask, TaskAdvertisement, W
 from hypha.protocol.resources import Resources
 from hypha.runtime import Runtime
 from hypha.scheduler.pool import TICK_S, LeasedWorker, NotHeld, Pool, Work
-from hypha.telemetry import ChangeLogger, get_logger, span_from
+from hypha.telemetry import ChangeLogger, OncePerKey, get_logger, span_from
 
 WORKERS = frozenset({"worker"})
 # The first offers cannot come before the workers' windows of 200 ms have closed; who is missing beyond that may not
@@ -73,6 +73,7 @@ class _Running:
         self.pending: dict[str, tuple[str, WorkerOffer, float]] = {}
         self.outcomes: dict[str, LeasedWorker | NotHeld] = {}
         self.is_closed = False
+        self.fences: Mapping[str, int] = {}  # what each worker had granted before this auction began
         self.heard = trio.Event()
 
     def leased(self) -> list[LeasedWorker]:
@@ -84,7 +85,8 @@ class Allocator:
 
     Offers are welcome for `welcome_s` after an advertisement; until there are enough it is published again, at most
     `retry_s` apart. The first auction asks `first_fraction` of the workers, later ones as many as the offers of the one
-    before say are needed; after each that fell short, twice as many at least.
+    before say are needed; after each that fell short, twice as many at least. `fences` tells the highest fence that
+    each worker is known to have granted: an offer that does not exceed it comes from a counter that went back.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Allocator:
         welcome_s: float,
         retry_s: float,
         first_fraction: float = 1.0,
+        fences: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self._network = network
         self._runtime = runtime
@@ -107,10 +110,12 @@ class Allocator:
         self._welcome_s = welcome_s
         self._retry_s = retry_s
         self._first_fraction = first_fraction
+        self._fences = fences
         self._retries = 0
         self._running: dict[str, _Running] = {}
         self._last: _Running | None = None
         self._why = ChangeLogger(log)
+        self._went_back = OncePerKey(log)
         self._able: dict[str, frozenset[Work]] = {}  # peer id → kinds of work it has offered, the latest last
         network.serve(WorkerOffer, self._receive, roles=WORKERS)
 
@@ -126,6 +131,7 @@ class Allocator:
             holding=frozenset(worker.member.peer_id for worker in self._pool.live()),
         )
         running = _Running(auction, asks, wants, self._fraction(sum(wanted.count for wanted in asks)))
+        running.fences = self._fences()
         self._last = self._running[advertisement_id] = running
         with span_from(None, "advertise", job_id=self._job_id, advertisement_id=advertisement_id) as span:
             try:
@@ -169,6 +175,7 @@ class Allocator:
                 self._last.offers += 1
             raise Refused(f"advertisement {offer.advertisement_id} is over")
         running.offers += 1
+        self._insist_rising(running, peer, offer)
         self._network.learn(peer.peer_id, offer.addresses)
         now = self._runtime.now()
         refusal = running.auction.offer(offer, peer=peer.peer_id, now=now)
@@ -181,6 +188,17 @@ class Allocator:
             running.pending.setdefault(offer.lease_id, (peer.peer_id, offer, now))
             running.heard.set()
         return Ack()
+
+    def _insist_rising(self, running: _Running, peer: Peer, offer: WorkerOffer) -> None:
+        before = running.fences.get(peer.peer_id)
+        if before is None or offer.fence > before:
+            return
+        refusal = (
+            f"fence {offer.fence} is not above {before}, which was granted before: the fence counter was restored from "
+            "a backup; issue this worker a certificate with a new key and start it with an empty work_dir"
+        )
+        self._went_back.log(peer.peer_id, "A worker's fences went back", worker=peer.peer_id, reason=refusal)
+        raise Refused(refusal)
 
     async def _close(self, running: _Running) -> Closed:
         async with trio.open_nursery() as nursery:

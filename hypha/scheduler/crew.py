@@ -5,6 +5,7 @@ missing? ─▶ one auction for trainers and parameter servers together ─▶ j
    ▲ died, failed                                                         └─ refused, gone ─▶ released
    └── too few: the reason in numbers, backoff, again ── before the start only until `find_s`
 nobody missing, but more are welcome (`max_workers`)? ─▶ asked for now and then; given up when somebody is missing
+no server to be had, but a trainer could be it? ─▶ a spare trainer is leased first, then that one is free to offer
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -30,6 +31,8 @@ log = get_logger("scheduler")
 
 # After the start, workers that are missing are asked for again no more often than this.
 RETRY_MAX_S = 30.0
+# A parameter server that so many auctions in a row did not find may have been made a trainer.
+SERVERLESS_MAX = 3
 # A worker that comes meanwhile is asked this soon: who is connected is looked at, nobody announces it.
 ARRIVALS_S = 1.0
 
@@ -59,6 +62,7 @@ class Crew:
         self._standing = standing
         self._started = coordinator.book.committed_round > 0
         self._growing = self._backoff()
+        self._serverless = 0
 
     @property
     def _resources(self) -> JobResources:
@@ -78,7 +82,7 @@ class Crew:
                 continue
             known = self._connected()
             reason = await self._hire(asks)
-            if not self._missing():
+            if await self._free_a_server() or not self._missing():
                 continue
             reason = f"{reason or 'one was lost at once'}; workers connected: {len(self._connected())}"
             self._started = self._started or self._can_start()
@@ -168,6 +172,32 @@ class Crew:
         """Return the first shard that no living lease is for."""
         taken = {self._job.shards.get(worker.member) for worker in self._pool.live()}
         return next((shard for shard in range(self._resources.parameter_servers) if shard not in taken), 0)
+
+    # --- a trainer that could serve -------------------------------------------------------------------------------
+
+    async def _free_a_server(self) -> bool:
+        """Let a trainer go that could be the missing server, once a spare one has its place; returns whether one went.
+
+        Who trains and could serve offers nothing; whoever has no executor that serves can only take over the training.
+        """
+        servers = sum(worker.work == "aggregate" for worker in self._pool.live())
+        serves = servers >= self._resources.parameter_servers
+        self._serverless = 0 if serves or not self._started else self._serverless + 1
+        able = [w for w in self._training() if self._allocator.able(w.member.peer_id, "aggregate")]
+        if self._serverless < SERVERLESS_MAX or not able:
+            return False
+        before = len(self._training())
+        await self._employ_all(await self._allocator.allocate([self._trainers(1, minimum=0)]))
+        freed = next((worker for worker in able if self._pool.is_live(worker.member)), None)
+        if freed is None or len(self._training()) <= before:
+            return False
+        log.info("A trainer goes, to be the parameter server", worker=freed.member.peer_id)
+        self._serverless = 0
+        self._job.replace(freed, "no other worker can be the parameter server")
+        return True
+
+    def _training(self) -> list[LeasedWorker]:
+        return [worker for worker in self._pool.live() if worker.work == "train"]
 
     # --- more than are wanted -------------------------------------------------------------------------------------
 

@@ -240,6 +240,7 @@ class Scheduler:
             job_epoch=epoch,
             welcome_s=self._table.welcome_s,
             retry_s=self._table.retry_s,
+            fences=store.fences,
         )
 
         def spec(work: str, shard: int) -> JobSpec:
@@ -385,15 +386,17 @@ async def run(
     identity = load_identity(config)
     if standby and fresh:
         raise ConfigError("--standby goes on with a job, --fresh starts it over: not both")
-    deposed = True
-    while deposed:
-        deposed = False
+    ended, deposed = False, False
+    while not ended:
+        ended = True
         try:
             async with AsyncExitStack() as held:
-                place, network, presence = await take_place(config, runtime, identity, held, fresh=fresh, wait=standby)
+                place, network, presence = await take_place(
+                    config, runtime, identity, held, fresh=fresh, wait=standby, deposed=deposed
+                )
                 await Scheduler(network, runtime, config, place, presence).run(task_status=task_status)
         except* Deposed as errors:
             if not standby:
                 raise
             log.warn("Deposed: standing by again", reason=str(_first(errors)))
-            deposed = True
+            ended, deposed = False, True

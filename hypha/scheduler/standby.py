@@ -62,15 +62,25 @@ def standing_by(config: Config, hold: Hold) -> dict[str, str]:
 
 
 async def take_place(
-    config: Config, runtime: Runtime, identity: Identity, held: AsyncExitStack, *, fresh: bool, wait: bool
+    config: Config,
+    runtime: Runtime,
+    identity: Identity,
+    held: AsyncExitStack,
+    *,
+    fresh: bool,
+    wait: bool,
+    deposed: bool,
 ) -> tuple[Place, Network, Presence | None]:
-    """Open the job's directories and the network, in an order in which two of one identity never meet there."""
+    """Open the job's directories and the network, in an order in which two of one identity never meet there.
+
+    Who was `deposed` a moment ago may find its own last beat, and knows that nobody else has its identity.
+    """
     network: Network | None = None
     presence: Presence | None = None
     if wait:
         hold = await open_hold(config, runtime, scheduler=identity.peer_id)
         seen = await runtime.run_blocking(hold.look)
-        if seen.beat is None or seen.beat.scheduler != identity.peer_id:
+        if deposed or seen.beat is None or seen.beat.scheduler != identity.peer_id:
             network = await held.enter_async_context(open_network(identity, config, role="scheduler", runtime=runtime))
             presence = Presence(network, runtime, lambda: standing_by(config, hold))
         await await_turn(config, runtime, hold)

@@ -71,6 +71,7 @@ class JobStore:
         self._merged: dict[int, tuple[Merged, ...]] = {}  # by round, then by shard
         self._leases: dict[Member, LeaseHeld] = {}
         self._live: list[Record] = []
+        self._fences: dict[str, int] = {}
         self.state: ChainState = self._chain.state  # replaced whole, so that any thread may look
 
     def load(self) -> Remembered:
@@ -103,6 +104,8 @@ class JobStore:
         self._chain.append(digest, entry)
         if isinstance(entry, manifest.RoundCommitted):
             self._merged[entry.merged.round] = entry.shards
+            for each in entry.contributions:
+                self._saw(each.peer_id, each.fence)
         self.state = self._chain.state
 
     def _remember(self, records: Sequence[Record]) -> Remembered:
@@ -116,12 +119,20 @@ class JobStore:
                     excluded.append(exclude)
                 case LeaseHeld(member=member):
                     self._leases[member] = record
+                    self._saw(member.peer_id, member.fence)
                 case LeaseEnded(member=member):
                     self._leases.pop(member, None)
                 case JobOpened():
                     pass  # checked when the store was opened
         self._live = [record for record in records if isinstance(record, Granted | Excluded)]
         return Remembered(grants=tuple(grants), excluded=tuple(excluded), leases=tuple(self._leases.values()))
+
+    def _saw(self, peer_id: str, fence: int) -> None:
+        self._fences[peer_id] = max(fence, self._fences.get(peer_id, fence))
+
+    def fences(self) -> dict[str, int]:
+        """Return the highest fence of each worker that this job ever leased, as far as chain and journal know."""
+        return dict(self._fences)
 
     def table(self, remembered: Remembered) -> SliceTable:
         """Return the slice table as chain and journal have it."""
@@ -139,6 +150,7 @@ class JobStore:
             match record:
                 case LeaseHeld(member=member):
                     self._leases[member] = record
+                    self._saw(member.peer_id, member.fence)
                 case LeaseEnded(member=member):
                     self._leases.pop(member, None)
                 case _:
@@ -210,8 +222,9 @@ class JobStore:
                 self._verify(model, momentum, records, shard)
             except StoreError as error:
                 faults.append(f"round {model.round}: {error}")
-                log.warn("Checkpoint unusable, an older one is tried", round=model.round, reason=str(error))
                 continue
+            if faults:
+                log.warn("Checkpoint unusable, an older one is used", damaged="; ".join(faults), used=model.name)
             return ResumePoint(
                 round=model.round, model_digest=model.digest, momentum_digest=momentum.digest, records=records
             )

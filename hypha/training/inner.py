@@ -105,8 +105,8 @@ class InnerLoop:
             for name, parameter in self._named.items():
                 self._optimizer.state[parameter] = {
                     "step": torch.tensor(float(kept.steps), dtype=torch.float32, device=self.device),
-                    "exp_avg": file.read(f"{name}/exp_avg").to(self.device),
-                    "exp_avg_sq": file.read(f"{name}/exp_avg_sq").to(self.device),
+                    "exp_avg": file.read(f"{name}/exp_avg").to(self.device, copy=True),
+                    "exp_avg_sq": file.read(f"{name}/exp_avg_sq").to(self.device, copy=True),
                 }
         self.steps, self.offset = kept.steps, kept.offset
         torch.set_rng_state(kept.rng[0])

@@ -1,6 +1,6 @@
 """Model files: canonical SafeTensors fp32, written and read piece by piece.
 
-    file = Reader(path)                         nothing is mapped, nothing is held
+    file = Reader(path)                         each piece is mapped while it is used
     with Writer(path, shapes) as out:           header first, then elements in file order, blake3 on the way
         for piece in file.pieces():             at most PIECE_ELEMENTS of one tensor
             out.append(f(file.part(piece)))
@@ -11,6 +11,7 @@ is the digest of its tensors (hypha.protocol.tensorfile).
 """
 
 import math
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # 2 MiB of fp32: the dozen pieces of a merge stay in the processor's cache, whatever the largest tensor.
 PIECE_ELEMENTS = 1 << 19
+# Canonical files place fp32 on multiples of it; a tensor that begins elsewhere is copied to where numbers may lie.
+WORD_BYTES = 4
 
 
 class Piece(Struct, frozen=True):
@@ -136,7 +139,7 @@ class Writer(FileWriter):
 
 
 class Reader:
-    """Reads one file of fp32 tensors, open only while it reads: a merge may have thousands of them.
+    """Reads one file of fp32 tensors, open only while one of its tensors is used: a merge may have thousands of files.
 
     Raises RemoteProtocolError naming the file and the fault.
     """
@@ -151,7 +154,7 @@ class Reader:
         return pieces_of(self.layout.shapes())
 
     def part(self, piece: Piece) -> torch.Tensor:
-        """Return some elements of a tensor, flat, fp32 on the CPU, in memory of their own."""
+        """Return some elements of a tensor, flat, fp32 on the CPU, as `raw` does."""
         placed = self.layout.tensors.get(piece.name)
         if placed is None:
             raise RemoteProtocolError(f"{self.path.name}: tensor {piece.name!r} is missing")
@@ -161,22 +164,26 @@ class Reader:
         return self.raw(piece.name, piece.start * size, piece.stop * size).view(torch.float32)
 
     def raw(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return bytes [start, stop) of a tensor that the file has, U8, in memory of their own."""
+        """Return bytes [start, stop) of a tensor that the file has, U8: mapped, so that reading them is no copy.
+
+        Each call maps anew and privately: what is done to the tensor changes neither the file nor the next call.
+        """
         placed = self.layout.tensors[name]
         assert 0 <= start <= stop <= placed.stop - placed.start, f"bytes {start} to {stop} of {placed}"
-        data = torch.empty(stop - start, dtype=torch.uint8)
+        if start == stop:
+            return torch.empty(0, dtype=torch.uint8)
+        at = placed.start + start
+        page = at // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         with self.path.open("rb", buffering=0) as file:
-            file.seek(placed.start + start)
-            rest = data.numpy().data
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise RemoteProtocolError(f"{self.path.name}: tensor {name!r} is cut short")
-                rest = rest[count:]
-        return data
+            try:
+                window = mmap.mmap(file.fileno(), at - page + stop - start, access=mmap.ACCESS_COPY, offset=page)
+            except ValueError as error:
+                raise RemoteProtocolError(f"{self.path.name}: tensor {name!r} is cut short") from error
+        data = torch.frombuffer(window, dtype=torch.uint8, count=stop - start, offset=at - page)
+        return data if at % WORD_BYTES == 0 else data.clone()
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, whole."""
+        """Return one tensor, whole, as `raw` does."""
         shape = self.layout.tensors[name].spec.shape if name in self.layout.tensors else ()
         return self.part(Piece(name, 0, math.prod(shape))).reshape(shape)
 

@@ -11,7 +11,7 @@ are under way as are allowed, the window stays open and goes on gathering.
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -45,12 +45,23 @@ log = get_logger("worker.arbiter")
 class Arbiter:
     """Answers advertisements for one worker; `run` until cancelled."""
 
-    def __init__(self, network: Network, runtime: Runtime, ledger: Ledger, fences: FenceKeeper, config: Config) -> None:
+    def __init__(
+        self,
+        network: Network,
+        runtime: Runtime,
+        ledger: Ledger,
+        fences: FenceKeeper,
+        config: Config,
+        *,
+        rests: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`rests` says whether nothing should be offered for now."""
         self._network = network
         self._runtime = runtime
         self._ledger = ledger
         self._fences = fences
         self._config = config
+        self._rests = rests
         self._executors = frozenset((executor.work, executor.name) for executor in config.executors)
         self._gather = Gather()
         self._opened = trio.Event()
@@ -99,6 +110,10 @@ class Arbiter:
                 await self._answer(advertisements, nursery)
 
     async def _answer(self, advertisements: Sequence[TaskAdvertisement], nursery: trio.Nursery) -> None:
+        if self._rests():
+            for each in advertisements:
+                self._why_none.log_when_changed(each.job_id, "No offer: a job failed here, this worker rests")
+            return
         free = self._ledger.free(self._runtime.now())
         plans = rank(
             advertisements,

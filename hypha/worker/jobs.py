@@ -48,6 +48,10 @@ CONTRIBUTE_S = 4.0
 LEAVING = "the worker is shutting down"
 # On shutdown the schedulers are told at once, so that they need not wait for the leases to run out.
 FAREWELL_S = 1.0
+# A worker on which a job failed rests before it offers again, twice as long after each failure: one with a full disk or
+# a broken executor must not use up all the failures that a job bears.
+REST_S = 1.0
+REST_MAX_S = 60.0
 JOB_DIRECTORY_PREFIX = "hypha-"
 JOB_DIRECTORY = re.compile(rf"{JOB_DIRECTORY_PREFIX}.+-(?P<fence>[0-9]+)")
 
@@ -104,6 +108,12 @@ class Jobs:
         self._cache = cache
         self._running: dict[str, RunningJob] = {}
         self._nursery: trio.Nursery | None = None
+        self._rest_s = 0.0
+        self._rests_until = runtime.now()
+
+    def rests(self) -> bool:
+        """Whether a job failed here lately, so that no offer should be made yet."""
+        return self._runtime.now() < self._rests_until
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the tasks of all jobs until cancelled; then every job is ended first."""
@@ -208,9 +218,17 @@ class Jobs:
             metrics.ACTIVE_JOBS.add(-1, work=job.work)
         assert outcome is not None, "a cancellation from outside does not come here"
         status = "success" if outcome.finished else "failure"
-        metrics.JOB_DURATION.record(self._runtime.now() - started, work=job.work, status=status)
+        ran_s = self._runtime.now() - started
+        metrics.JOB_DURATION.record(ran_s, work=job.work, status=status)
+        if running.killed is None:
+            self._rest(ran_s, failed=not outcome.finished)
         await self._tell(running, outcome)
         running.over.set()
+
+    def _rest(self, ran_s: float, *, failed: bool) -> None:
+        before = self._rest_s if ran_s < REST_MAX_S else 0.0
+        self._rest_s = min(REST_MAX_S, max(REST_S, 2 * before)) if failed else 0.0
+        self._rests_until = self._runtime.now() + self._rest_s
 
     async def _supervise(self, running: RunningJob, executor: ExecutorConfig, directory: Path) -> Outcome:
         session = running.session

@@ -85,7 +85,7 @@ class Worker:
         self.ledger = Ledger(config.resources.detect(config.work_dir))
         self.cache = SliceCache(config.work_dir / "cache", bytes_max=config.cache_bytes, runtime=runtime)
         self.jobs = Jobs(network, runtime, self.ledger, launcher, config, self.cache)
-        self.arbiter = Arbiter(network, runtime, self.ledger, fences, config)
+        self.arbiter = Arbiter(network, runtime, self.ledger, fences, config, rests=self.jobs.rests)
         self._offering = trio.CancelScope()
         self._leaving = False
 

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import trio
 
 from hypha.demo.loglines import LogFile, LogLine
@@ -33,8 +34,10 @@ MARKS = ("Job started", "Executor started", "Model built", "Base fetched", "Firs
 ROUNDS = 100_000
 PATIENCE_S = 120.0
 POLL_S = 0.05
-# A worker that came back is ready for the next strike once it has had time to import, where it keeps warm.
-SETTLE_S = 15.0
+# Who came back is known to the others by then.
+SETTLE_S = 5.0
+# A spare that took no processor time for so long has imported everything.
+IDLE_S = 3.0
 END_S = 10.0
 
 
@@ -112,6 +115,7 @@ async def _strike(directory: Path, nodes: dict[str, Node]) -> dict[str, float]:
         while len(training := _training(directory)) < cast.TRAINERS:  # noqa: ASYNC110 - other processes set no event
             await trio.sleep(POLL_S)
         await trio.sleep(SETTLE_S)
+        await _warmed(directory)
         victim = training[0].worker
         watch = Watch(directory, victim)
         nodes[victim].kill()
@@ -120,6 +124,19 @@ async def _strike(directory: Path, nodes: dict[str, Node]) -> dict[str, float]:
         nodes[victim].start()
         return phases
     raise NotReplaced(f"within {PATIENCE_S:g} s")
+
+
+async def _warmed(directory: Path) -> None:
+    """Return once every spare has imported what it is to import."""
+    before: dict[int, float] | None = None
+    while (now := {spare.pgid: _processor_s(spare.pgid) for spare in troupe.spares(directory)}) != before:
+        before = now
+        await trio.sleep(IDLE_S)
+
+
+def _processor_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def _training(directory: Path) -> list[troupe.Running]:

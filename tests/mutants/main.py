@@ -10,12 +10,17 @@ as it is must pass both first. Exit code 1: a planted defect was missed, or too 
 
 import argparse
 import json
+import os
+import queue
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from msgspec import Struct
 
@@ -23,6 +28,9 @@ from tests.mutants.mutations import Mutation, mutate
 from tests.mutants.planted import AUCTION, LEASE, LEASES_AND_SAMPLES, SLICES, Planted
 from tests.mutants.planted_rounds import COLLECT, ROUNDS, ROUNDS_AND_STATE
 from tests.mutants.scratch import Scratch
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 PLANTED = LEASES_AND_SAMPLES + ROUNDS_AND_STATE
 # What random mutations strike, each module with its own tests.
@@ -78,19 +86,48 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def is_sound(scratch: Scratch, seeds: int, tests: Sequence[str]) -> bool:
-    """Whether nothing is caught where nothing was planted."""
-    failed = scratch.tests(tests) or (scratch.simulation(seeds) if seeds else None)
-    if failed is not None:
-        say(f"the tree is broken as it is: {failed}")
-    return failed is None
+class Bench:
+    """Copies of the tree, one for each that works at a time."""
+
+    def __init__(self, directory: Path, jobs: int) -> None:
+        self._free: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
+        self._jobs = jobs
+        for number in range(jobs):
+            self._free.put(Scratch(directory / str(number)))
+
+    def over(self, work: Callable[[Scratch, T], R], items: Iterable[T]) -> Iterator[R]:
+        """Yield what `work` finds of each item, in their order, though several are tried at once."""
+
+        def one(item: T) -> R:
+            scratch = self._free.get()
+            try:
+                return work(scratch, item)
+            finally:
+                self._free.put(scratch)
+
+        with ThreadPoolExecutor(self._jobs) as pool:
+            yield from pool.map(one, items)
+
+    def is_sound(self, seeds: int, suites: Iterable[tuple[str, ...]]) -> bool:
+        """Whether nothing is caught where nothing was planted."""
+        wanted = sorted(set(suites))
+        checks: list[Callable[[Scratch], str | None]] = [partial(_suite, suite) for suite in wanted]
+        if seeds:
+            checks.insert(0, lambda scratch: scratch.simulation(seeds))
+        failed = [found for found in self.over(lambda scratch, check: check(scratch), checks) if found is not None]
+        for found in failed:
+            say(f"the tree is broken as it is: {found}")
+        return not failed
 
 
-def all_planted(scratch: Scratch, defects: Sequence[Planted], seeds: int) -> list[Fate]:
+def _suite(suite: tuple[str, ...], scratch: Scratch) -> str | None:
+    return scratch.tests(suite)
+
+
+def all_planted(bench: Bench, defects: Sequence[Planted], seeds: int) -> list[Fate]:
     """Try every planted defect."""
     fates = []
-    for defect in defects:
-        fate = try_planted(scratch, defect, seeds)
+    for defect, fate in zip(defects, bench.over(partial(_try, seeds), defects), strict=True):
         fates.append(fate)
         say(f"{defect.name} ({defect.file}): {defect.breaks}")
         say(f"    simulation  {fate.simulation or '-'}")
@@ -98,12 +135,19 @@ def all_planted(scratch: Scratch, defects: Sequence[Planted], seeds: int) -> lis
     return fates
 
 
-def all_random(scratch: Scratch, numbers: Sequence[int]) -> tuple[int, list[str]]:
+def _try(seeds: int, scratch: Scratch, defect: Planted) -> Fate:
+    return try_planted(scratch, defect, seeds)
+
+
+def all_random(bench: Bench, numbers: Sequence[int]) -> tuple[int, list[str]]:
     """Try random mutations; returns how many were caught, and the others' diffs."""
     caught, survivors = 0, []
-    for number in numbers:
+
+    def one(scratch: Scratch, number: int) -> tuple[Mutation, str | None]:
         mutation = draw(scratch, number)
-        found = try_random(scratch, mutation)
+        return mutation, try_random(scratch, mutation)
+
+    for number, (mutation, found) in zip(numbers, bench.over(one, numbers), strict=True):
         where = f"random {number}: {mutation.kind} at {mutation.file}:{mutation.line}"
         if found is None:
             survivors.append(f"{where}\n{mutation.diff}")
@@ -121,6 +165,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--random", type=int, default=40, help="how many random mutations")
     parser.add_argument("--start", type=int, default=0, help="number of the first random mutation")
     parser.add_argument("--only", action="append", help="name of a planted defect; may be repeated")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="so many at once, each in its own copy")
     parser.add_argument("--no-planted", action="store_true", help="random mutations alone")
     given = parser.parse_args(arguments)
     for name in set(given.only or ()) - {defect.name for defect in PLANTED}:
@@ -135,11 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     modules = [p.tests for p in chosen] + (list(MUTATED.values()) if given.random else [])
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="hypha-mutants-") as directory:
-        scratch = Scratch(Path(directory))
-        if not is_sound(scratch, given.seeds if chosen else 0, sorted({path for each in modules for path in each})):
+        bench = Bench(Path(directory), given.jobs)
+        if not bench.is_sound(given.seeds if chosen else 0, modules):
             return 2
-        fates = all_planted(scratch, chosen, given.seeds)
-        random_caught, survivors = all_random(scratch, range(given.start, given.start + given.random))
+        fates = all_planted(bench, chosen, given.seeds)
+        random_caught, survivors = all_random(bench, range(given.start, given.start + given.random))
     missed = [fate.name for fate in fates if fate.simulation is None and fate.tests is None]
     summary = {
         "planted": len(fates),

@@ -39,7 +39,7 @@ AUCTION = (
     "tests/protocol/test_auction_bounds.py",
     "tests/protocol/test_auction_worker.py",
 )
-SCHEDULER = ("tests/scheduler",)
+SCHEDULER = ("tests/scheduler/test_store.py", "tests/scheduler/test_leading.py")
 
 LEASES_AND_SAMPLES = (
     Planted(

@@ -6,6 +6,7 @@ ROUNDS = (
     "tests/protocol/test_rounds.py",
     "tests/protocol/test_rounds_waits.py",
     "tests/protocol/test_rounds_properties.py",
+    "tests/protocol/test_fragments.py",
 )
 COLLECT = ("tests/protocol/test_collect.py", *ROUNDS)
 VIEWS = ("tests/protocol/test_views.py",)

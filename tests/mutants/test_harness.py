@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tests.mutants.main import MUTATED, PLANTED, draw, main, try_planted, try_random
+from tests.mutants.main import MUTATED, PLANTED, Bench, draw, main, try_planted, try_random
 from tests.mutants.mutations import Mutation, mutate
 from tests.mutants.planted import Planted
 from tests.mutants.scratch import ROOT, Scratch
@@ -95,6 +95,27 @@ def test_random_mutations_are_the_same_for_the_same_number(scratch):
 def test_a_random_mutation_is_judged_by_the_tests_of_its_module(scratch):
     emptied = Mutation(file=TALLY, line=1, kind="emptied", text='"""Nothing."""\n', diff="")
     assert try_random(scratch, emptied) is not None
+
+
+@pytest.mark.slow
+def test_several_are_tried_at_once_each_in_a_copy_of_its_own_and_told_in_order(tmp_path):
+    bench = Bench(tmp_path, 2)
+
+    def spoil(scratch: Scratch, number: int) -> tuple[int, str]:
+        with scratch.planted(FENCE, f"# {number}\n"):
+            return number, scratch.read(FENCE)
+
+    assert list(bench.over(spoil, range(6))) == [(number, f"# {number}\n") for number in range(6)]
+    whole = (ROOT / FENCE).read_text()
+    assert [(tmp_path / name / FENCE).read_text() for name in ("0", "1")] == [whole, whole]
+
+
+@pytest.mark.slow
+def test_a_tree_that_is_broken_as_it_is_is_said_to_be(tmp_path, capsys):
+    bench = Bench(tmp_path, 1)
+    (tmp_path / "0" / FENCE).write_text("raise RuntimeError\n")
+    assert not bench.is_sound(0, [("tests/protocol/test_fence.py",)])
+    assert "the tree is broken as it is: tests/protocol/test_fence.py" in capsys.readouterr().out
 
 
 def test_a_name_that_nobody_planted_is_refused(capsys):

@@ -308,6 +308,21 @@ async def test_the_journal_remembers_grants_leases_and_exclusions_in_order(disk,
         assert remembered.excluded == (EXCLUDE,)
 
 
+def test_the_highest_fence_of_each_worker_is_known_from_chain_and_journal(disk, tmp_path):
+    later = replace(HELD, member=Member(peer_id="a", fence=7, lease_id="later"))
+    other = replace(HELD, member=Member(peer_id="b", fence=3, lease_id="other"))
+    with opened(disk) as (store, _):
+        assert store.fences() == {}
+        train(store, tmp_path, 1)
+        assert store.fences() == {"a": 1}
+        store.note(other, later, HELD)
+        assert store.fences() == {"a": 7, "b": 3}
+    with opened(disk) as (store, _):
+        assert store.fences() == {"a": 7, "b": 3}
+    with opened(MemoryDisk(), objects=DirectoryObjects(disk, new_id=Ids())) as (store, _):
+        assert store.fences() == {"a": 1}
+
+
 async def test_a_lease_that_ended_is_not_tried_again(disk, autojump_clock):
     with opened(disk) as (store, _):
 

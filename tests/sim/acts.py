@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Act = Callable[["Strike"], Awaitable[None]]
 # A fault of a disk strikes one of so many operations after the time it is drawn for.
 OPERATIONS = 40
-# Opening its fence counter is all that a worker asks of its disk: so many operations after a boot.
+# A worker's disk has its fence counter only: opened at a boot, and written before the first offer.
 FENCE_OPERATIONS = 8
 # A role that a bad disk ended is started again, and may find it bad again, until so long after.
 TROUBLE_S = 10.0
@@ -108,11 +108,6 @@ async def wipe(strike: Strike) -> None:
 async def power(strike: Strike) -> None:
     """Let the power go in the midst of a write: of a scheduler's next ones, or when a worker boots."""
     cluster, machine, pick = strike.cluster, strike.machine, strike.fault.pick
-    is_worker = isinstance(machine, WorkerMachine)
-    if is_worker:
-        cluster.take_down(machine)
-        await strike.lasting()
-        await cluster.until_down(machine)
     victims: list[Machine] = []
 
     def lost(victim: Machine) -> None:
@@ -122,17 +117,36 @@ async def power(strike: Strike) -> None:
         cluster.chronicle.struck(name_of(strike.fault.kind), victim.name, "lost power in the midst of a write")
 
     cluster.power_lost = lost
-    disk = cluster.disk_struck(machine, pick)
-    at = disk.operations + int(pick * 1000) % (FENCE_OPERATIONS if is_worker else OPERATIONS)
-    disk.plan[at] = DiskFault.CRASH_AFTER if int(pick * 1e6) % 3 == 0 else DiskFault.CRASH
-    if is_worker:
-        cluster.start_again(machine)
+    failure = DiskFault.CRASH_AFTER if int(pick * 1e6) % 3 == 0 else DiskFault.CRASH
+    if isinstance(machine, SchedulerMachine) and int(pick * 1000) % 2:
+        machine.tears_journal = failure
+    elif isinstance(machine, WorkerMachine):
+        await _reboot(strike, failure)
+    else:
+        _plan(strike, failure, OPERATIONS)
     with trio.move_on_after(MOMENT_S):
         while not victims:  # noqa: ASYNC110 - virtual time costs nothing
             await trio.sleep(POLL_S)
-    disk.plan.pop(at, None)
+    if isinstance(machine, SchedulerMachine):
+        machine.tears_journal = None
+    for disk in (cluster.store, machine.disk):
+        disk.plan.clear()
     for victim in victims:
         await _start_again(Strike(cluster, strike.fault, victim))
+
+
+async def _reboot(strike: Strike, failure: DiskFault) -> None:
+    """Start a machine again on a disk on which one of the first operations fails."""
+    strike.cluster.take_down(strike.machine)
+    await strike.lasting()
+    await strike.cluster.until_down(strike.machine)
+    _plan(strike, failure, FENCE_OPERATIONS)
+    strike.cluster.start_again(strike.machine)
+
+
+def _plan(strike: Strike, failure: DiskFault, within: int) -> None:
+    disk = strike.cluster.disk_struck(strike.machine, strike.fault.pick)
+    disk.plan[disk.operations + int(strike.fault.pick * 1e5) % within] = failure
 
 
 async def pause(strike: Strike) -> None:
@@ -245,12 +259,14 @@ async def full(strike: Strike) -> None:
 
 
 async def error(strike: Strike) -> None:
-    """Let one of the next operations of a disk fail, a write in its midst."""
+    """Let an operation of a disk fail, a write in its midst: one of a scheduler's next, or a worker's first ones."""
     strike.struck("has a disk that fails once")
-    strike.machine.troubled_until = trio.current_time() + TROUBLE_S
-    disk, pick = strike.cluster.disk_struck(strike.machine, strike.fault.pick), strike.fault.pick
-    failure = DiskFault.EIO if int(pick * 1e6) % 2 else DiskFault.ENOSPC
-    disk.plan[disk.operations + int(pick * 1000) % OPERATIONS] = failure
+    failure = DiskFault.EIO if int(strike.fault.pick * 1e6) % 2 else DiskFault.ENOSPC
+    strike.machine.troubled_until = trio.current_time() + strike.fault.for_s + TROUBLE_S
+    if isinstance(strike.machine, WorkerMachine):
+        await _reboot(strike, failure)
+    else:
+        _plan(strike, failure, OPERATIONS)
 
 
 async def decay(strike: Strike) -> None:
@@ -324,7 +340,14 @@ async def spoil(strike: Strike) -> None:
     """Let the next update of a trainer be of no use."""
     strike.struck("will send an update that is not finite")
     for executor in strike.worker.executors():
-        executor.spoils = True
+        executor.does_wrong = "spoil"
+
+
+async def claim(strike: Strike) -> None:
+    """Let it name samples that it was not granted."""
+    strike.struck("will claim samples that it was not granted")
+    for executor in strike.worker.executors():
+        executor.does_wrong = "claim"
 
 
 ACTS: dict[str, Act] = {
@@ -349,4 +372,5 @@ ACTS: dict[str, Act] = {
     "exit": exit_,
     "stall": stall,
     "spoil": spoil,
+    "claim": claim,
 }

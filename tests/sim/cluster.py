@@ -25,7 +25,7 @@ from hypha.scheduler.store import Deposed
 from hypha.store.memory_disk import MemoryDisk
 from tests.sim import dataset
 from tests.sim.chronicle import NODE, Chronicle
-from tests.sim.executors import Pace
+from tests.sim.executors import Pace, SimExecutor
 from tests.sim.flavours import CALM
 from tests.sim.invariants import Broken, Invariants
 from tests.sim.kinds import CLOCK_OFF, SLOW_DISK
@@ -271,6 +271,7 @@ class Cluster:
         self.situations.answered(asker, answerer, message, answer)
         if isinstance(answer, Merged):
             self.strikes.happens("merger", answerer)
+            self.strikes.happens("closer", asker)
         try:
             self.invariants.answered(asker, answerer, message, answer)
         except Broken as broken:
@@ -314,6 +315,12 @@ class Cluster:
             for machine in self.workers
             if machine.is_up and (work in machine.work() if work is not None else not machine.work())
         ]
+
+    def executors(self, name: str) -> list[SimExecutor]:
+        """The executors that run on a worker."""
+        machine = self.machines[name]
+        assert isinstance(machine, WorkerMachine)
+        return machine.executors()
 
     def reach(self, situation: str) -> None:
         """Count a rare situation."""

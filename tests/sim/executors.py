@@ -3,7 +3,7 @@
 launch ─▶ starting (what importing torch costs) ─▶ Trainer | Aggregator ─▶ exit 0, 1
    └─ leaving ─▶ cancelled ─▶ the time a killed process takes to be gone ─▶ gone
 fail("exit") ends one with a signal; fail("stall") lets it stand still, alive and silent
-`spoils`: its next update has numbers in it that are none
+`does_wrong` = "spoil": its next update has numbers in it that are none; "claim": it names samples of others
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -25,6 +25,8 @@ from tests.sim.virtual import VirtualRuntime
 START_S = 0.8
 KILL_S = 0.1
 SIGKILL = -9
+# More samples than any grant has.
+GRANTED_MAX = 1000
 
 
 class Pace(msgspec.Struct, frozen=True):
@@ -43,7 +45,7 @@ class SimExecutor:
         self._runtime = runtime
         self._pace = pace
         self._note = note
-        self.spoils = False
+        self.does_wrong: str | None = None
         self._line: Line | None = None
         self._stalled = False
         self._lines: list[str] = []
@@ -80,11 +82,17 @@ class SimExecutor:
         return self._line is not None and self._line.is_sending
 
     def _spoil(self, update: Send) -> Send:
-        """Replace an update by one that is not finite, where that is wanted."""
-        if not self.spoils or not update.samples:
+        """Replace an update by one that is wrong, where that is wanted."""
+        wrong = self.does_wrong if update.samples else None
+        if wrong is None:
             return update
-        self.spoils = False
-        self.note("sends an update that is not finite")
+        self.does_wrong = None
+        self.note(f"sends a wrong update: {wrong}")
+        if wrong == "claim":
+            first, *others = update.intervals
+            # More than was trained on, and than was granted.
+            more = msgspec.structs.replace(first, stop=first.stop + GRANTED_MAX)
+            return msgspec.structs.replace(update, intervals=(more, *others), samples=update.samples + GRANTED_MAX)
         return msgspec.structs.replace(update, files=tuple(self._spoilt(file.path) for file in update.files))
 
     def _spoilt(self, sound: str) -> FileRef:

@@ -7,11 +7,12 @@ A kind is "what-target".
 
 what    crash, silent (nobody learns of it), wipe (its disk is gone), power (lost in the midst of a write), pause,
         leave (politely), join, cut, oneway (it is not heard), deaf (it does not hear), storm (of the whole network),
-        exit, stall, spoil (its next update is not finite), full, error (of the disk, once), decay (of the newest
-        checkpoint), unstored (cut from the store), twin (a second scheduler on its journal), wall (its wall clock
-        jumps by an hour), drift (its clock changes its rate)
+        exit, stall, spoil (its next update is not finite), claim (its next update names samples it was not granted),
+        full, error (of the disk, once), decay (of the newest checkpoint), unstored (cut from the store), twin (a
+        second scheduler on its journal), wall (its wall clock jumps by an hour), drift (its clock changes its rate)
 target  trainer, server (of parameters), spare, worker, data, gateway, gateways (all), scheduler, leader, store, any,
-        or whoever is in the midst of it: pusher (a trainer sends its update), merger (a server has merged)
+        or whoever is in the midst of it: pusher (a trainer sends its update), merger (a server has merged), closer
+        (the scheduler, at that moment)
 """
 
 import random
@@ -39,12 +40,12 @@ LOSSY = FaultProfile(
 # One message in ten is lost: what is said once only is not heard.
 HARSH = structs.replace(LOSSY, loss=0.1, latency_s=0.02)
 # So bad that hardly a handshake goes through as it should; never for long.
-STORM = structs.replace(LOSSY, loss=0.25, duplication=0.25, reordering=0.3, late_s=1.5, gossip_loss=0.3)
+STORM = structs.replace(LOSSY, loss=0.25, duplication=0.25, reordering=0.3, late_s=3.0, gossip_loss=0.3)
 # A job without faults takes about so long: the faults fall into it.
 BUSY_S = 14.0
 # How long a moment is waited for.
 MOMENT_S = 20.0
-MOMENTS = ("pusher", "merger")
+MOMENTS = ("pusher", "merger", "closer")
 FAULTS_MAX = 4
 
 
@@ -106,6 +107,7 @@ DISKS = (
     "full-server",
     "decay-store",
     "power-worker",
+    "error-worker",
 )
 CLOCKS = ("drift-any", "drift-any", "wall-any", "wall-any", "pause-trainer", "pause-scheduler", "crash-scheduler")
 MEMBERS = (
@@ -115,6 +117,7 @@ MEMBERS = (
     "leave-server",
     "leave-spare",
     "spoil-trainer",
+    "claim-trainer",
     "exit-trainer",
 )
 DUELS = (
@@ -129,7 +132,15 @@ DUELS = (
     "crash-server",
     "leave-trainer",
 )
-MOMENTOUS = ("crash-pusher", "silent-pusher", "silent-merger", "silent-merger", "crash-merger")
+MOMENTOUS = (
+    "crash-pusher",
+    "silent-pusher",
+    "silent-merger",
+    "silent-merger",
+    "crash-merger",
+    "crash-closer",
+    "pause-closer",
+)
 KINDS = {
     "deaths": DEATHS,
     "partitions": CUTS,
@@ -183,10 +194,11 @@ def _fault(kind: str, chance: random.Random, ttl_s: float) -> Fault:
 
 
 def _storm(chance: random.Random) -> tuple[Fault, ...]:
-    """Bad weather while workers are hired, and a death or two that has them hired again."""
-    storm = Fault(at_s=0.0, kind="storm-network", for_s=round(chance.uniform(4.0, 12.0), 3))
+    """Bad weather while workers are hired, or later, and a death or two that has them hired again."""
+    at_s = chance.choice((0.0, round(chance.uniform(1.0, 6.0), 3)))
+    storm = Fault(at_s=at_s, kind="storm-network", for_s=round(chance.uniform(4.0, 12.0), 3))
     deaths = [
-        Fault(at_s=round(chance.uniform(1.0, storm.for_s), 3), kind="crash-trainer", for_s=3.0, pick=chance.random())
+        Fault(at_s=round(at_s + chance.uniform(1.0, 8.0), 3), kind="crash-trainer", for_s=3.0, pick=chance.random())
         for _ in range(chance.randint(0, 2))
     ]
-    return (storm, *sorted(deaths, key=lambda fault: fault.at_s))
+    return tuple(sorted((storm, *deaths), key=lambda fault: fault.at_s))

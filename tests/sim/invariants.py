@@ -158,6 +158,10 @@ class Invariants:
             self._members.setdefault((view.job_epoch, view.round), set()).update(view.members)
         for leased in coordinator.pool.live():
             self._check_held(leased.member)
+        for _, request in coordinator.book.pending.requests if coordinator.book.pending is not None else ():
+            for peer_id, fence, _ in request.contributors:
+                if faults := self._excluded(peer_id, fence, request.round):
+                    raise Broken("no Close names what is excluded", faults[0])
 
     def _check_held(self, member: Member) -> None:
         """What the holder relies on, the grantor has not ended: the holder always stops first."""
@@ -246,9 +250,6 @@ class Invariants:
             raise Broken("L5 one successor of each step", f"round {message.round} was committed twice, differently")
 
     def _look_at_merge(self, request: CloseRound, answer: Message) -> None:
-        for peer_id, fence, _ in request.contributors:
-            if faults := self._excluded(peer_id, fence, request.round):
-                raise Broken("no Close names what is excluded", faults[0])
         if isinstance(answer, Merged):
             known = self._merged.setdefault((request.close, request.lease_id), answer.model_digest)
             if known != answer.model_digest:

@@ -27,7 +27,7 @@ from hypha.scheduler.service import Scheduler
 from hypha.scheduler.store import JobStore
 from hypha.store.fences import FILE_NAME as FENCES_FILE
 from hypha.store.fences import FenceFile
-from hypha.store.memory_disk import MemoryDisk
+from hypha.store.memory_disk import Fault, MemoryDisk
 from hypha.store.objects import DirectoryObjects
 from hypha.worker.config import Config as WorkerConfig
 from hypha.worker.config import ExecutorConfig, LeaseConfig, ResourcesConfig, TransferConfig
@@ -216,6 +216,7 @@ class WatchedScheduler(Scheduler):
 
     coordinator: Coordinator | None = None
     on_open: Callable[[list[Record]], None]
+    on_write: Callable[[], None]
     on_record: Callable[[Record], None]
 
     def _coordinator(self, *arguments: Any, **named: Any) -> Coordinator:
@@ -227,6 +228,7 @@ class WatchedScheduler(Scheduler):
         note = store.note
 
         def noted(*records: Record) -> None:
+            self.on_write()
             note(*records)
             for record in records:
                 self.on_record(record)
@@ -246,6 +248,7 @@ class SchedulerMachine(Machine):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.finished = trio.Event()
+        self.tears_journal: Fault | None = None  # strikes the next record
         self.acknowledged: list[Record] = []
         self.lost: str | None = None  # of what its journal had acknowledged
         self.excluded: set[tuple[str, int, int]] = set()  # (peer, fence, round), durably
@@ -282,6 +285,11 @@ class SchedulerMachine(Machine):
         # What was under way when it went down may have been written, or not.
         self.acknowledged = kept
 
+    def _writes(self) -> None:
+        if self.tears_journal is not None:
+            self.disk.plan[self.disk.operations] = self.tears_journal
+            self.tears_journal = None
+
     def _noted(self, record: Record) -> None:
         self.acknowledged.append(record)
         if isinstance(record, Excluded):
@@ -309,6 +317,7 @@ class SchedulerMachine(Machine):
         place = Place(disk=self.disk, objects=self.objects, directory=downloads)
         self.scheduler = WatchedScheduler(network, runtime, self.config, place)
         self.scheduler.on_open, self.scheduler.on_record = self._opened, self._noted
+        self.scheduler.on_write = self._writes
         await self.scheduler.run()
         self.finished.set()
 

@@ -41,7 +41,7 @@ SAID_EVERY = 100
 
 def run_seed(seed: int) -> Report:
     """Simulate one seed in a directory of its own."""
-    faulthandler.dump_traceback_later(STUCK_S, exit=True)
+    faulthandler.dump_traceback_later(STUCK_S, exit=True, file=sys.__stderr__)
     place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="hypha-sim-", dir=place) as directory:
         try:

@@ -22,8 +22,8 @@ from hypha.network.memory_faults import Gate
 from hypha.store.memory_disk import PowerLoss
 
 T = TypeVar("T")
-# Rounding may wake a sleeper so much too early; that is near enough.
-NEAR_S = 1e-6
+# No timer is finer; a sleeper whom rounding wakes early must not spin.
+TICK_S = 1e-6
 # Blocking calls of a worker that put something on its disk (see `Power.full`): directories, transfers, slices.
 WRITING = frozenset({"_make_directory", "_make_spool", "open", "write", "_hard_link"})
 
@@ -81,12 +81,15 @@ class Clock:
 
     async def sleep(self, seconds: float) -> None:
         """Return once it shows so much more."""
-        until = self.now() + seconds
-        if seconds <= NEAR_S:
+        if seconds <= 0:
             await trio.lowlevel.checkpoint()
-        while (left_s := until - self.now()) > NEAR_S:
-            with trio.move_on_after(left_s / self.rate):
+            return
+        until = self.now() + seconds
+        left_s = max(seconds, TICK_S)
+        while left_s > 0:
+            with trio.move_on_after(max(left_s, TICK_S) / self.rate):
                 await self.turned.wait()
+            left_s = until - self.now()
 
 
 class VirtualRuntime:

@@ -42,7 +42,7 @@ class Two:
 
 @pytest.fixture
 async def two(tmp_path):
-    async with stage(tmp_path, workers=(SERVER, "serv-2")) as here:
+    async with stage(tmp_path, peers=(SERVER, "serv-2")) as here:
         yield Two(here)
 
 
