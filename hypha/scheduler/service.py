@@ -17,10 +17,8 @@ from hypha.network.retry import Backoff
 from hypha.network.seam import Network
 from hypha.pki import load_identity
 from hypha.protocol.job import DatasetRef, JobSpec
-from hypha.protocol.manifest import ChainState
 from hypha.protocol.messages import CancelJob, SliceRef
 from hypha.protocol.rounds import RoundBook, Terms
-from hypha.protocol.shards import whole_digest
 from hypha.runtime import RealRuntime, Runtime
 from hypha.scheduler.allocator import Allocator
 from hypha.scheduler.answers import Answers
@@ -36,7 +34,7 @@ from hypha.scheduler.settings import settings_of
 from hypha.scheduler.standby import Presence, take_place
 from hypha.scheduler.standing import Standing
 from hypha.scheduler.store import Deposed, JobStore, Remembered, open_store
-from hypha.scheduler.whole import whole_model
+from hypha.scheduler.whole import chain_state, whole_model
 from hypha.telemetry import get_logger, metrics
 
 log = get_logger("scheduler")
@@ -139,7 +137,7 @@ class Scheduler:
     async def _run_job(self, store: JobStore, dataset: Dataset) -> None:
         runtime, network = self._runtime, self._network
         remembered = await runtime.run_blocking(store.load)
-        chain = await runtime.run_blocking(_start, store)
+        chain = await runtime.run_blocking(chain_state, store)
         epoch = await runtime.run_blocking(self._begin_epoch, store)
         self._leading = (store, epoch)
         job_id = store.opened.job_id
@@ -341,22 +339,6 @@ class Scheduler:
             job_file=str(job_file),
             held_out=coordinator.progress.held_out.get(state.round),
         )
-
-
-def _start(store: JobStore) -> ChainState:
-    """Return where the chain ends; before its first round, with the initial model that was stored, if one was."""
-    state = store.state
-    points = [store.resume_point(shard) for shard in range(store.shards)]
-    found = [point for point in points if point is not None]
-    if state.round or len(found) < store.shards:
-        return state
-    models = tuple(point.model_digest for point in found)
-    return msgspec.structs.replace(
-        state,
-        models=models,
-        momenta=tuple(point.momentum_digest for point in found),
-        model_digest=whole_digest(models, sha256),
-    )
 
 
 async def _cancellable(work: Callable[[], Awaitable[None]], *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:

@@ -1,4 +1,4 @@
-"""The final model as one file, whoever shared it: what a user exports.
+"""A job's model as a whole, whoever shares it: where the job is, and at its end the file that a user exports.
 
 model, model-1, … of the last round ──▶ one canonical SafeTensors file: the same bytes for any number of shards
 """
@@ -6,13 +6,16 @@ model, model-1, … of the last round ──▶ one canonical SafeTensors file: 
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 
+import msgspec
 from blake3 import blake3
 from msgspec import Struct
 
 from hypha.errors import StoreError
-from hypha.protocol.shards import kind_of
+from hypha.protocol.manifest import ChainState
+from hypha.protocol.shards import kind_of, whole_digest
 from hypha.protocol.tensorfile import LENGTH_BYTES, Layout, header_length, layout, parse_header
 from hypha.scheduler.store import JobStore
 
@@ -24,6 +27,22 @@ class WholeModel(Struct, frozen=True):
 
     path: Path | None
     digest: str
+
+
+def chain_state(store: JobStore) -> ChainState:
+    """Return where the chain ends; before its first round, with the initial model that was stored, if one was."""
+    state = store.state
+    points = [store.resume_point(shard) for shard in range(store.shards)]
+    found = [point for point in points if point is not None]
+    if state.round or len(found) < store.shards:
+        return state
+    models = tuple(point.model_digest for point in found)
+    return msgspec.structs.replace(
+        state,
+        models=models,
+        momenta=tuple(point.momentum_digest for point in found),
+        model_digest=whole_digest(models, sha256),
+    )
 
 
 def whole_model(store: JobStore, scratch: Path) -> WholeModel:

@@ -97,7 +97,8 @@ class TrainSession(Session):
             view = self.view
             assert view is not None
             parts = view.parts or (view.base_digest,)
-            paths = [self.context.directory / f"model-{view.round - 1}-{part[:16]}.safetensors" for part in parts]
+            name = self.context.directory / f"model-{view.round - 1}"
+            paths = [Path(f"{name}-{shard}-{part[:16]}.safetensors") for shard, part in enumerate(parts)]
             files = await self.while_wanted(partial(self._try_fetch, view, paths), partial(self._stands, view))
             if not self._stands(view):
                 for path in paths:

@@ -195,7 +195,7 @@ async def test_a_slice_nobody_provides_is_worth_another_question(autojump_clock,
 
 
 async def test_a_training_executor_has_no_resume_point(autojump_clock, play):
-    with pytest.raises(RemoteProtocolError, match="no resume point"):
+    with pytest.raises(RemoteProtocolError, match="fetches the base, nothing else"):
         await play.session.fetch(bridge.FetchResume())
 
 
