@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from blake3 import blake3
 
-from hypha.errors import ConfigError, StoreError
+from hypha.errors import ConfigError, HyphaError, StoreError
 from hypha.store.disk import AlreadyExists, Disk, NotFound, RealDisk, parent_of
 
 CHUNK_BYTES = 1 << 20
@@ -205,6 +205,13 @@ class RemoteObjects:
             raise NotFound(f"{self._where(name)}: not found") from error
         except OSError as error:
             raise StoreError(f"{self._where(name)}: {error}") from error
+        except HyphaError:
+            raise  # of whoever gives the chunks
+        except Exception as error:
+            # Each service's library has errors of its own for one that does not answer (botocore's are no OSError).
+            if type(error).__module__ == "builtins":
+                raise
+            raise StoreError(f"{self._where(name)}: {type(error).__name__}: {error}") from error
 
     def prove_conditional(self) -> None:
         """Put twice under one name: the second must be refused and change nothing. Raises ConfigError otherwise."""

@@ -57,15 +57,20 @@ class Watch:
     def replaced(self) -> dict[str, float] | None:
         """Return the seconds of each phase once the replacement has taken its first step."""
         told = list(self._news(cast.title(SCHEDULERS[0], CHAOS)))
-        mine = (each for each in told if each.message == "Worker lost" and each.text("worker") == self._peer)
-        lost = next(mine, None)
-        leased = next((each for each in told if each.message == "Worker leased" and each.text("work") == "train"), None)
-        if lost is None or leased is None:
-            return None
-        for name in cast.WORKERS:
-            for line in self._news(name):
-                if line.message == "Job started" and line.text("lease_id") == leased.text("lease_id"):
-                    return self._phases(name, [at(lost), at(leased), at(line)])
+        lost = [at(line) for line in told if line.message == "Worker lost" and line.text("worker") == self._peer]
+        started = {
+            line.text("lease_id"): (name, at(line))
+            for name in cast.WORKERS
+            for line in self._news(name)
+            if line.message == "Job started"
+        }
+        # On a busy machine the first that is leased may be lost before it trains.
+        for line in told:
+            lease_id = line.text("lease_id")
+            if lost and line.message == "Worker leased" and line.text("work") == "train" and lease_id in started:
+                name, began = started[lease_id]
+                if (phases := self._phases(name, [lost[0], at(line), began])) is not None:
+                    return phases
         return None
 
     def _phases(self, name: str, times: list[float]) -> dict[str, float] | None:

@@ -157,6 +157,11 @@ KINDS = {
 FLAVOURS = ("calm", "lossy", *KINDS, "handshake", "starved")
 
 
+def flavour_of(seed: int) -> str:
+    """Return whose turn it is."""
+    return FLAVOURS[seed % len(FLAVOURS)]
+
+
 def profile(flavour: str, chance: random.Random) -> FaultProfile:
     """Return how the network behaves in between."""
     match flavour:

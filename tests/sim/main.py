@@ -3,6 +3,7 @@
     python -m tests.sim.main --seeds 100 [--start 0] [--jobs 2]   seeds 0 … 99
     python -m tests.sim.main --hours 2 [--start 5000]             as many as fit
     python -m tests.sim.main --seed 17 [--log FILE]               one seed again; its whole event log where it is wanted
+    … --flavour duel                                              of these seeds, those of one flavour
     … --require-all                                               a kind of fault or situation not seen is a failure
 
 A seed that breaks an invariant prints its last events, the invariant and the command that replays it. Whatever is
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from tests.sim.flavours import FLAVOURS, flavour_of
 from tests.sim.kinds import FAULTS, SITUATIONS
 from tests.sim.scenario import draw
 from tests.sim.simulation import Report, simulate
@@ -161,6 +163,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--start", type=int, default=0, help="the first")
     parser.add_argument("--hours", type=float, help="so long instead of so many")
     parser.add_argument("--seed", type=int, help="only this one")
+    parser.add_argument("--flavour", choices=FLAVOURS, help="only those of one flavour")
     parser.add_argument("--log", type=Path, help="with --seed: write its event log there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="so many at once")
     parser.add_argument(
@@ -171,21 +174,29 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the seeds that the arguments name; returns the exit code."""
-    given, summary = parsed(arguments), Summary()
+    given, summary, interrupted = parsed(arguments), Summary(), False
     if given.seed is not None:
         told = tell(given.seed, wants_log=given.log is not None)
         if given.log is not None:
             given.log.write_text(told.log)
         summary.add(told)
     else:
-        seeds = itertools.count(given.start) if given.hours else range(given.start, given.start + given.seeds)
-        for told in tell_all(until(seeds, given.hours) if given.hours else seeds, given.jobs):
-            summary.add(told)
+        seeds: Iterable[int] = itertools.count(given.start)
+        if not given.hours:
+            seeds = range(given.start, given.start + given.seeds)
+        if given.flavour is not None:
+            seeds = (seed for seed in seeds if flavour_of(seed) == given.flavour)
+        try:
+            for told in tell_all(until(seeds, given.hours) if given.hours else seeds, given.jobs):
+                summary.add(told)
+        except KeyboardInterrupt:
+            interrupted = True
+            sys.stderr.write("interrupted: this is what was seen so far\n")
     unseen = summary.unseen() if given.require_all else []
     for name in unseen:
         sys.stdout.write(f"not seen: {name}\n")
     sys.stdout.write(summary.line() + "\n")
-    return 1 if summary.violations or unseen else 0
+    return 1 if summary.violations or unseen or interrupted else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from hypha.network.memory_faults import FaultProfile
 from tests.sim import flavours
-from tests.sim.flavours import CALM, FLAVOURS, Fault
+from tests.sim.flavours import CALM, Fault
 
 CLOCK_DRIFT = 0.05
 SLOW_DISK_S = 0.4
@@ -62,7 +62,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
 def draw(seed: int) -> Scenario:
     """Return the scenario of a seed."""
     chance = random.Random(f"scenario:{seed}")
-    flavour = FLAVOURS[seed % len(FLAVOURS)]
+    flavour = flavours.flavour_of(seed)
     trainers = chance.randint(2, 4) if flavour != "starved" else 4
     slow_disk = 0.0 if flavour == "calm" else SLOW_DISK_CHANCE
     ttl_s = chance.choice((5.0, 8.0))

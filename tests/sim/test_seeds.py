@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.sim.flavours import FLAVOURS
 from tests.sim.main import run_seed
 
 ROOT = Path(__file__).parent.parent.parent
-# One of each flavour, and one in which a parameter server is ready before its dispatch is answered.
-SEEDS = (*range(7), 141)
+# One of each flavour.
+SEEDS = range(len(FLAVOURS))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -20,7 +21,7 @@ def test_a_seed_breaks_no_invariant(seed):
     assert report.broken is None, report.broken
 
 
-@pytest.mark.parametrize("seed", [1, 5])
+@pytest.mark.parametrize("seed", [1, 8])
 def test_the_same_seed_gives_the_same_event_log_twice(seed):
     first, again = run_seed(seed).lines, run_seed(seed).lines
     assert first == again

@@ -82,6 +82,33 @@ def test_a_store_that_overwrites_on_a_conditional_put_is_refused():
         RemoteObjects(Forgetful(), "bucket").prove_conditional()
 
 
+class ServiceAway(Exception):
+    """As botocore's EndpointConnectionError: no OSError."""
+
+
+class Away:
+    """A file system whose service does not answer, or whose library has a bug."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def cat_file(self, path):
+        raise self.error
+
+    def pipe_file(self, path, value, mode):
+        raise self.error
+
+
+def test_a_service_that_does_not_answer_is_a_store_error_whatever_its_library_raises():
+    objects = RemoteObjects(Away(ServiceAway("no route")), "bucket")
+    with pytest.raises(StoreError, match="bucket/a: ServiceAway: no route"):
+        objects.read("a")
+    with pytest.raises(StoreError, match="bucket/a: ServiceAway: no route"):
+        objects.create("a", [b"x"])
+    with pytest.raises(ZeroDivisionError):
+        RemoteObjects(Away(ZeroDivisionError()), "bucket").read("a")
+
+
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"checkpoint_url: .*file"):
