@@ -319,7 +319,7 @@ class RoundBook:
         if (leased := len(self.members | self.followers)) < self.terms.fewest:
             return f"round {self.round}: {leased} of {self.terms.fewest} workers without which the job waits"
         if self.servers.missing:
-            return f"round {self.round}: {self.servers.lacking()}"
+            return f"round {self.round}: no parameter server is ready{self.servers.lacking()}"
         if self.pending is not None:
             merging = _names(self._closing.unanswered())
             return f"round {self.round}: close {self.pending.close} is being merged by {merging}"

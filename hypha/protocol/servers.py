@@ -59,9 +59,8 @@ class Servers:
         return tuple(self._models[shard] for shard in sorted(self._models)) if len(self._models) == self.shards else ()
 
     def lacking(self) -> str:
-        """Say in words which shards are missing."""
-        shards = f" for shard {', '.join(map(str, self.missing))} of {self.shards}" if self.shards > 1 else ""
-        return f"no parameter server is ready{shards}"
+        """Say in words which shards are missing; nothing where there is only one."""
+        return f" for shard {', '.join(map(str, self.missing))} of {self.shards}" if self.shards > 1 else ""
 
     def add(self, server: Member, serving: Serving, *, digest: str, momentum_digest: str | None) -> str | None:
         """A server holds the newest model and momentum of a shard. Returns why it does not count, or None."""
