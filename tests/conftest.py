@@ -36,16 +36,17 @@ class NodeFiles(Struct, frozen=True):
 class Pki:
     """A root and one organisation; `other` is the same again, made by strangers."""
 
-    def __init__(self, directory: Path, name: str = "Test") -> None:
+    def __init__(self, directory: Path, name: str = "Test", *, start: datetime | None = None) -> None:
         self._directory = directory
         self._nodes = 0
+        self._start = start
         self.name = name
-        self.root = issue_root(f"{name} root")
-        self.org = issue_org(self.root, f"{name} org")
+        self.root = issue_root(f"{name} root", start=start)
+        self.org = issue_org(self.root, f"{name} org", start=start)
 
     def node(self, name: str, roles: Iterable[str], **options: object) -> NodeFiles:
         """Issue a node without revocation lists; options go to `issue_node` (days, start)."""
-        return self.write(name, issue_node(self.org, name, roles, **options))
+        return self.write(name, issue_node(self.org, name, roles, **({"start": self._start} | options)))
 
     def write(self, name: str, issued: Issued) -> NodeFiles:
         """Write a node's files into a directory of its own."""

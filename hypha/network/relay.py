@@ -39,6 +39,8 @@ CIRCUITS_PER_NODE_MAX = 64
 RESERVATIONS_MAX = 1024
 # A reservation is renewed at half its time, and asked for again so soon after a refusal.
 RENEW_SHARE = 0.5
+# A gateway whose clock is set forward forgets its places; that must not last.
+RENEW_MAX_S = 300.0
 RETRY_S = 10.0
 RESERVE_S = 10.0
 
@@ -119,7 +121,7 @@ class Relay:
                 if await self._reserve(gateway):
                     self._places[gateway] = address
                     lasts_s = self._transport._reservations[gateway] - time.time()
-                    await self._runtime.sleep(max(RETRY_S, lasts_s * RENEW_SHARE))
+                    await self._runtime.sleep(min(max(RETRY_S, lasts_s * RENEW_SHARE), RENEW_MAX_S))
                 else:
                     self._places.pop(gateway, None)
                     await self._runtime.sleep(RETRY_S * (0.5 + self._runtime.random.random()))

@@ -7,13 +7,16 @@
         written = out.finish()
 
 A file that is not whole does not exist: it is written as `.part` and renamed when it is complete. The digest of a file
-is the digest of its tensors (hypha.protocol.tensorfile).
+is the digest of its tensors (hypha.protocol.tensorfile). Digest and disk have a thread of their own, so that the next
+piece is computed meanwhile: what is given to a writer must not change before `finish`.
 """
 
 import math
 import mmap
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
@@ -31,6 +34,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # 2 MiB of fp32: the dozen pieces of a merge stay in the processor's cache, whatever the largest tensor.
 PIECE_ELEMENTS = 1 << 19
+# Pieces of one file on their way to the disk: enough that neither thread waits for every single piece of the other.
+PIECES_BEHIND_MAX = 2
+# One for all files: what a step gives to its four files is still in the cache when its turn comes.
+_BEHIND = ThreadPoolExecutor(1, thread_name_prefix="tensors-writer")
 # Canonical files place fp32 on multiples of it; a tensor that begins elsewhere is copied to where numbers may lie.
 WORD_BYTES = 4
 
@@ -79,13 +86,14 @@ class FileWriter:
         self.names = list(self._layout.tensors)
         self._size = 0
         self._hash = blake3()
+        self._behind: deque[Future[None]] = deque()
         self._part = path.with_name(path.name + ".part")
         try:
             self._file = self._part.open("wb", buffering=0)
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}") from error
         try:
-            self._put(memoryview(header))
+            self._write(memoryview(header))
         except StoreError:
             self._give_up()
             raise
@@ -100,6 +108,7 @@ class FileWriter:
             self._give_up()
 
     def _give_up(self) -> None:
+        wait(self._behind)
         self._file.close()
         self._part.unlink(missing_ok=True)
 
@@ -109,6 +118,8 @@ class FileWriter:
 
     def finish(self) -> Written:
         """Put the complete file in its place."""
+        while self._behind:
+            self._behind.popleft().result()
         assert self._size == self._layout.file_bytes, f"{self.path}: {self._size} of {self._layout.file_bytes} bytes"
         try:
             self._file.close()
@@ -118,6 +129,11 @@ class FileWriter:
         return Written(self.path, self._layout.file_bytes, self._hash.hexdigest())
 
     def _put(self, data: memoryview) -> None:
+        while len(self._behind) >= PIECES_BEHIND_MAX:
+            self._behind.popleft().result()
+        self._behind.append(_BEHIND.submit(self._write, data))
+
+    def _write(self, data: memoryview) -> None:
         self._hash.update(data)
         self._size += len(data)
         try:

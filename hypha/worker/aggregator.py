@@ -250,6 +250,8 @@ class AggregateSession(Session):
         if held is None:
             raise Refused(f"{header.part} {header.digest[:12]} of round {header.round} is not held here", "retry")
         _, file = held
+        if peer_id == self.context.scheduler:  # it stores the step, which the workers must not wait for
+            await self._broadcast.delivered()
         try:
             path = self.file(file.path)
         except RemoteProtocolError as error:

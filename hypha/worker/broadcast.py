@@ -4,6 +4,7 @@
                                  └── broken, or "retry": again, while the update still leads to the view's base
 
 A view that adds a follower adds a recipient. A later Close of the round, or a view two rounds on, ends the sending.
+What makes a round durable may wait for those who train on it: `delivered` says when they have it.
 """
 
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,9 @@ from hypha.telemetry import get_logger, inject, span_from
 from hypha.worker.session import JobContext
 
 log = get_logger("worker.broadcast")
+
+# Whoever asks for what it is going to store waits so long at most: a request must not outlive its sender's patience.
+DELIVERY_WAIT_S = 4.0
 T = TypeVar("T")
 
 
@@ -39,6 +43,9 @@ class Sending(Protocol):
     async def changed(self) -> None:
         """Wait for the next change."""
 
+    def wake(self) -> None:
+        """Something changed."""
+
     async def pause(self, backoff: Backoff) -> None:
         """Wait before another attempt."""
 
@@ -56,26 +63,41 @@ class Broadcast:
         self._merged: Merged | None = None
         self._path: Path | None = None
         self._trace: str | None = None
+        self._over: set[tuple[str, int, int]] = set()  # recipients done with, by lease, round and close
+        self._patience_ends = 0.0
         self._limiter = trio.CapacityLimiter(session.context.transfers.at_once)
 
     def announce(self, merged: Merged, path: Path, traceparent: str | None) -> None:
         """Send this from now on, and nothing older; whoever calls it wakes the session."""
         self._merged, self._path, self._trace = merged, path, traceparent
+        self._patience_ends = trio.current_time() + DELIVERY_WAIT_S
+
+    async def delivered(self) -> None:
+        """Wait until everybody in the view has the newest update, DELIVERY_WAIT_S after it was announced at most."""
+        with trio.move_on_at(self._patience_ends):
+            while any(key not in self._over for key, _ in self._recipients()):
+                await self._session.changed()
+
+    def _recipients(self) -> list[tuple[tuple[str, int, int], Member]]:
+        merged, view = self._merged, self._session.view
+        if merged is None or view is None:
+            return []
+        return [((each.lease_id, merged.round, merged.close), each) for each in (*view.members, *view.followers)]
 
     async def run(self) -> None:
         """Start one task for each recipient and merge, until cancelled."""
         begun: set[tuple[str, int, int]] = set()
         async with trio.open_nursery() as nursery:
             while True:
-                merged, view = self._merged, self._session.view
-                if merged is not None and view is not None:
+                merged = self._merged
+                if merged is not None:
                     # Keys of other merges are of no use any more: they cannot come back under the same number.
                     begun = {key for key in begun if key[1:] == (merged.round, merged.close)}
-                    for target in (*view.members, *view.followers):
-                        key = (target.lease_id, merged.round, merged.close)
+                    self._over &= begun
+                    for key, target in self._recipients():
                         if key not in begun:
                             begun.add(key)
-                            nursery.start_soon(self._send, merged, target)
+                            nursery.start_soon(self._send, merged, target, key)
                 await self._session.changed()
 
     def _wanted(self, merged: Merged, target: Member) -> bool:
@@ -84,14 +106,16 @@ class Broadcast:
             return False
         return target in view.members or target in view.followers
 
-    async def _send(self, merged: Merged, target: Member) -> None:
+    async def _send(self, merged: Merged, target: Member, key: tuple[str, int, int]) -> None:
         backoff, wanted = self._session.backoff(), partial(self._wanted, merged, target)
         with span_from(self._trace, "outer_update", round=merged.round, worker=target.peer_id):
             while wanted():
                 if await self._session.while_wanted(partial(self._try, merged, target), wanted):
-                    return
+                    break
                 if wanted():
                     await self._session.pause(backoff)
+        self._over.add(key)
+        self._session.wake()
 
     async def _try(self, merged: Merged, target: Member) -> bool:
         """Whether this recipient is done with: it has the update, or will not take it from us."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from blake3 import blake3
 
 from hypha.errors import HyphaError, PeerUnreachable, Refused, RemoteProtocolError, StoreError
 from hypha.network import transfer
@@ -43,12 +44,21 @@ class Files:
         await send_file(stream, self.source, offset=offset, length=self.size - offset, runtime=self.runtime)
         await stream.send_eof()
 
-    async def receive(self, stream: Stream, *, offset: int = 0, digest: str = "", copy: Path | None = None) -> None:
+    async def receive(
+        self,
+        stream: Stream,
+        *,
+        offset: int = 0,
+        digest: str = "",
+        copy: Path | None = None,
+        algorithm: str = "sha256",
+    ) -> None:
         await receive_file(
             stream,
             copy or self.copy,
             size=self.size,
             digest=digest or self.digest,
+            algorithm=algorithm,
             offset=offset,
             runtime=self.runtime,
         )
@@ -107,6 +117,26 @@ class TransferContract:
                 with pytest.raises(RemoteProtocolError, match=f"digest {files.digest}, not {DIGEST}"):
                     await files.receive(stream, digest=DIGEST)
             assert sorted(os.listdir(tmp_path)) == ["source"]
+
+    @pytest.mark.parametrize("offset", [0, 5, (1 << 20) + 1])
+    async def test_a_blake3_is_that_of_all_the_bytes_also_where_a_transfer_goes_on(
+        self, make_network, tmp_path, offset
+    ):
+        files = Files(tmp_path, SIZE + offset)
+        data = files.source.read_bytes()
+        async with two(make_network) as (a, b):
+
+            async def serve(stream: Stream, _: FetchSlice) -> None:
+                await files.send(stream, offset=offset)
+
+            async with served(a, b, serve) as stream:
+                partial_path(files.copy).write_bytes(data[:offset])
+                await files.receive(stream, offset=offset, digest=blake3(data).hexdigest(), algorithm="blake3")
+            assert files.copy.read_bytes() == data
+            async with opened(a, b.peer_id, fetch()) as stream:
+                partial_path(files.copy).write_bytes(data[:offset])
+                with pytest.raises(RemoteProtocolError, match=f"digest {blake3(data).hexdigest()}, not {DIGEST}"):
+                    await files.receive(stream, offset=offset, digest=DIGEST, algorithm="blake3")
 
     async def test_a_receiver_that_gives_up_ends_the_sender_and_keeps_what_came(self, make_network, tmp_path):
         files = Files(tmp_path, MORE_THAN_ANY_BUFFER)

@@ -1,11 +1,14 @@
-"""Large transfers keep one contract on every way: in memory, on a connection of their own, and on a muxed stream."""
+"""Large transfers keep one contract on every way: in memory, on their own connection, on a muxed stream, by relay."""
+
+from contextlib import asynccontextmanager
 
 import pytest
 
 from hypha.network import bulk
 from hypha.network.memory import MemoryFabric
+from tests.network import libp2p_nodes
 from tests.network.contract_transfers import TransferContract
-from tests.network.libp2p_nodes import Nodes
+from tests.network.libp2p_nodes import Nodes, until
 
 
 class TestMemory(TransferContract):
@@ -58,3 +61,23 @@ class TestMuxedStream(OnSockets):
     @pytest.fixture
     def ways(self, monkeypatch):
         monkeypatch.setattr(bulk, "TRANSFERS_MAX", 0)
+
+
+@pytest.mark.slow
+class TestRelayed(TransferContract):
+    """Where only a gateway leads from one to the other."""
+
+    @pytest.fixture
+    async def make_network(self, pki, monkeypatch):
+        # Every byte passes three nodes, which share one process here.
+        monkeypatch.setattr(libp2p_nodes, "PATIENCE_S", 60.0)
+        nodes = Nodes(pki)
+
+        @asynccontextmanager
+        async def hidden(name, *roles):
+            async with nodes.joined(gateway, name, *roles, exclude_cidr=("127.0.0.0/8",)) as network:
+                await until(network._relay.circuits)
+                yield network
+
+        async with nodes.alone("gateway", "gateway") as gateway:
+            yield hidden

@@ -1,5 +1,7 @@
 """Files of tensors: digests, whole or not at all, and what screening refuses by name."""
 
+import resource
+
 import pytest
 import torch
 from blake3 import blake3
@@ -57,6 +59,21 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
 def test_a_directory_that_is_not_there_is_named(tmp_path):
     with pytest.raises(StoreError, match=r"nowhere/m\.safetensors"):
         tensors.save(tmp_path / "nowhere" / "m.safetensors", some())
+
+
+@pytest.fixture
+def disk_of_one_mebibyte():
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path, disk_of_one_mebibyte):
+    shapes = dict.fromkeys("abcdefgh", (1 << 16,))  # two MiB, of which the thread behind writes one
+    with pytest.raises(StoreError, match=r"m\.safetensors: File too large"):
+        tensors.save(tmp_path / "m.safetensors", {name: torch.ones(shape) for name, shape in shapes.items()})
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_loading_into_other_shapes_changes_nothing(tmp_path):

@@ -15,6 +15,7 @@ from hypha.protocol.messages import (
     FetchModel,
     OuterUpdate,
 )
+from hypha.worker.broadcast import DELIVERY_WAIT_S
 from hypha.worker.resume import REFUSALS_MAX
 from tests.worker.aggregating_play import BASE, A, B, Caught, Play, opened
 from tests.worker.cast import (
@@ -44,6 +45,7 @@ class Trainer:
     def __init__(self, network) -> None:
         self.took: list[OuterUpdate] = []
         self.script: list[Exception] = []
+        self.slow_s = 0.0
         network.accept_streams(OuterUpdate, self._take)
 
     async def _take(self, stream, header) -> None:
@@ -52,6 +54,7 @@ class Trainer:
         data = b""
         while piece := await stream.receive_some(1 << 16):
             data += piece
+        await trio.sleep(self.slow_s)
         assert digest_of(data) == header.digest
         self.took.append(header)
         await stream.send_message(Accepted(digest=header.digest))
@@ -85,6 +88,24 @@ async def test_a_follower_that_a_view_adds_gets_it_too_and_nobody_after_the_roun
     left = len(b.script)
     await trio.sleep(60)
     assert len(b.script) == left  # who left the view is not bothered any more
+
+
+@pytest.mark.parametrize(("slow_s", "served_after_s"), [(2.0, 2.0), (30.0, DELIVERY_WAIT_S)])
+async def test_what_makes_a_step_durable_is_served_once_the_workers_have_it_or_after_a_while(
+    slow_s, served_after_s, autojump_clock, play, tmp_path
+):
+    a, b = Trainer(play.here.peers[A]), Trainer(play.here.peers[B])
+    b.slow_s = slow_s
+    play.see(opened())
+    began = trio.current_time()
+    merged = await play.merged()
+    data = await fetched(play, SCHEDULER, wanted(merged.record_digest, "record", 1), tmp_path / "record")
+    assert trio.current_time() - began == pytest.approx(served_after_s, abs=0.5)
+    assert (len(a.took), len(b.took)) == (1, slow_s < DELIVERY_WAIT_S)
+    assert digest_of(data) == merged.record_digest
+    again = trio.current_time()
+    await fetched(play, SCHEDULER, wanted(merged.update_digest, "update", 1), tmp_path / "update")
+    assert trio.current_time() - again < 0.5
 
 
 async def _join(here, peer_id):
