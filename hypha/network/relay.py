@@ -27,7 +27,7 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from hypha.network.patches import FOREIGN
-from hypha.network.yamux_stream import FRAME_BYTES_MAX, YamuxStream
+from hypha.network.yamux_stream import WINDOW_BYTES, YamuxStream
 from hypha.runtime import Runtime
 from hypha.telemetry import get_logger, metrics
 
@@ -64,7 +64,7 @@ class _Protocol(CircuitV2Protocol):
         metrics.RELAY_CIRCUITS.add(0.5)
         try:
             with trio.move_on_after(patience_s):
-                while budget[0] > 0 and (chunk := await source.receive_chunk(FRAME_BYTES_MAX)):
+                while budget[0] > 0 and (chunk := await source.receive_chunk(WINDOW_BYTES)):
                     budget[0] -= len(chunk)
                     metrics.RELAY_BYTES.add(len(chunk))
                     await target.write(chunk)

@@ -23,6 +23,8 @@ from hypha.telemetry import metrics
 
 # One read from the socket: a yamux frame's worth. More only moves bytes out of the kernel earlier.
 RAW_READ_BYTES = 256 << 10
+# Through a relay frames come one by one, and reading less than a whole one would copy it.
+RELAYED_READ_BYTES = 1 << 20
 # A quarter of a MiB takes 15 s only on a link of 17 kB/s; a frozen peer is noticed by keep-alives before that.
 WRITE_STALL_S = 15.0
 # What may wait in the kernel: one frame, so that a small message behind it waits for one frame only.
@@ -156,7 +158,7 @@ class TlsPipe:
 
     async def _receive(self) -> bytes | bytearray:
         if self._socket is None:
-            return await self.raw.read(RAW_READ_BYTES)
+            return await self.raw.read(RELAYED_READ_BYTES)
         try:
             return await self._socket.receive_some(RAW_READ_BYTES)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:

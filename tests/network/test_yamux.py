@@ -14,7 +14,7 @@ from libp2p.stream_muxer.exceptions import (
 )
 
 from hypha.network.yamux import ACK, BACKLOG_MAX, DATA, HEADER, PING, RST, SYN, WINDOW, Yamux
-from hypha.network.yamux_stream import INITIAL_WINDOW_BYTES, WINDOW_BYTES
+from hypha.network.yamux_stream import FRAME_BYTES_MAX, INITIAL_WINDOW_BYTES, LEFT_OVER_BYTES_MAX, WINDOW_BYTES
 
 PEER = ID(b"\x00\x02xy")
 
@@ -111,6 +111,24 @@ async def test_a_megabyte_arrives_whole_and_in_order(pair):
         while len(got) < len(data):
             got += await b.receive_chunk(99_991)
     assert got == data
+
+
+@pytest.mark.parametrize(
+    ("size", "frames"),
+    [
+        (FRAME_BYTES_MAX, [FRAME_BYTES_MAX]),
+        (FRAME_BYTES_MAX + LEFT_OVER_BYTES_MAX, [FRAME_BYTES_MAX + LEFT_OVER_BYTES_MAX]),
+        (FRAME_BYTES_MAX + LEFT_OVER_BYTES_MAX + 1, [FRAME_BYTES_MAX, LEFT_OVER_BYTES_MAX + 1]),
+        (2 * FRAME_BYTES_MAX + 1, [FRAME_BYTES_MAX, FRAME_BYTES_MAX + 1]),
+    ],
+)
+async def test_a_little_more_than_a_frame_goes_in_one(pair, size, frames):
+    a, b = await stream_pair(pair)
+    b.expect_much()
+    await trio.testing.wait_all_tasks_blocked()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(a.write, bytes(size))
+        assert [len(await b.receive_chunk(WINDOW_BYTES)) for _ in frames] == frames
 
 
 async def test_a_writer_waits_for_its_reader_however_long_it_takes(pair, autojump_clock):
