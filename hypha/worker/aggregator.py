@@ -131,9 +131,8 @@ class AggregateSession(Session):
         if self._collector is None:
             raise Refused("the initial state is not here yet", "retry")
         fault = misfit(self.context.job, header)
-        answer: Message | Take | Verdict = (
-            Verdict(reason=fault) if fault is not None else self._collector.offer(header, stream.peer.peer_id)
-        )
+        offered = self._collector.offer(header, stream.peer.peer_id) if fault is None else Verdict(reason=fault)
+        answer: Message | Take | Verdict = offered
         if isinstance(answer, Take):
             answer = await self._take(self._collector, stream, header, answer.ticket)
         if isinstance(answer, Verdict):
