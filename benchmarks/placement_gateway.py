@@ -39,7 +39,7 @@ SETTLE_S = 8.0
 WATCH_S = 15.0
 HEAR_S = 10.0
 # Each node is asked once by one that knows nothing of it; a DHT query and a handshake.
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 AT_ONCE = 8
 # The manual: minimal compute, 1–2 cores, 2–4 GB. At rest a node is to cost next to nothing (BENCH=rest).
 MEMORY_WANTED_MB = 2000.0

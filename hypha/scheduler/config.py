@@ -140,6 +140,8 @@ class SchedulerTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # How long offers are welcome after an advertisement, and the rest between two that found too few.
     welcome_s: Annotated[float, Meta(gt=0, le=60)] = 2.0
     retry_s: Annotated[float, Meta(gt=0)] = 2.0
+    # The share of all workers that the first advertisement asks; later ones ask as many as its offers say are needed.
+    first_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0
     # One message without an answer for so long is sent again.
     patience_s: Annotated[float, Meta(gt=0)] = 15.0
     # A standby takes over where the leader has not renewed its hold on the job's store for so long.

@@ -238,6 +238,7 @@ class Scheduler:
             job_epoch=epoch,
             welcome_s=self._table.welcome_s,
             retry_s=self._table.retry_s,
+            first_fraction=self._table.first_fraction,
             fences=store.fences,
         )
 

@@ -30,6 +30,8 @@ MARK_PREFIX = "warm-"
 LOOK_S = 0.5
 # A job that fills the worker takes the spare, but not at once: its directory and its bridge come first.
 FULL_S = 5.0
+# A job that has just begun, or ended, needs the processor more than the next one's spare does.
+AFTER_JOB_S = 10.0
 # One that ended by itself would do so again: a broken installation must not keep a core busy.
 AGAIN_S = 60.0
 
@@ -94,6 +96,8 @@ class Warm:
     async def _look(self, has_room: bool, now: float) -> None:  # noqa: FBT001 - what was seen
         if has_room:
             self._room_at = now
+        else:
+            self._not_before = max(self._not_before, now + AFTER_JOB_S)
         if self._spare is not None:
             if self._spare.process.poll() is not None or now - self._room_at > FULL_S:
                 await self._end()
@@ -109,6 +113,7 @@ class Warm:
         if spare is None or has_gpu != self._has_gpu or spare.process.poll() is not None or not spare.tell(start):
             return None
         self._spare = None
+        self._not_before = max(self._not_before, trio.current_time() + AFTER_JOB_S)
         return spare.process, spare.mark
 
     async def _start(self) -> None:

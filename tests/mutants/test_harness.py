@@ -111,6 +111,12 @@ def test_several_are_tried_at_once_each_in_a_copy_of_its_own_and_told_in_order(t
 
 
 @pytest.mark.slow
+def test_after_its_time_nothing_more_is_begun(tmp_path):
+    bench = Bench(tmp_path, 1, limit_s=-1.0)
+    assert list(bench.over(lambda _scratch, number: number + 1, range(3))) == []
+
+
+@pytest.mark.slow
 def test_a_tree_that_is_broken_as_it_is_is_said_to_be(tmp_path, capsys):
     bench = Bench(tmp_path, 1)
     (tmp_path / "0" / FENCE).write_text("raise RuntimeError\n")

@@ -129,6 +129,7 @@ DUELS = (
     "cut-leader",
     "unstored-leader",
     "full-leader",
+    "pause-closer",
     "crash-server",
     "leave-trainer",
 )

@@ -16,7 +16,7 @@ import trio
 
 from hypha.errors import StoreError
 from hypha.protocol import manifest
-from hypha.protocol.lease import LIVING, State
+from hypha.protocol.lease import LIVING, Lease, State
 from hypha.protocol.manifest import RoundCommitted
 from hypha.protocol.messages import (
     Ack,
@@ -113,6 +113,9 @@ class Invariants:
             heard = self._heard.get(lease.lease_id)
             if lease.state in LIVING and heard is not None and now > heard + machine.ttl_s + KILLED_WITHIN_S:
                 raise Broken("L3 silence frees a lease", f"{lease.lease_id} lives {now - heard:.1f} s after a renewal")
+        self._check_jobs(machine, leases, worker.ledger.capacity.cpu - worker.ledger.free(now).cpu)
+
+    def _check_jobs(self, machine: WorkerMachine, leases: dict[str, Lease], reserved: float) -> None:
         running = 0.0
         for executor in machine.executors():
             lease_id, found = executor.what.lease_id, leases.get(executor.what.lease_id)
@@ -121,8 +124,9 @@ class Invariants:
             running += found.resources.cpu
             self._check_executor(machine, lease_id, alive=found.state is State.RUNNING)
             self._check_session(lease_id, executor.what.session)
-        if running > worker.ledger.capacity.cpu:
-            raise Broken("L1 no two jobs on one resource", f"{machine.name} runs {running:g} cores of jobs")
+        if running > reserved:
+            what = f"{machine.name} runs {running:g} cores of jobs, and has {reserved:g} reserved"
+            raise Broken("L1 resources return after the process group", what)
 
     def _check_executor(self, machine: WorkerMachine, lease_id: str, *, alive: bool) -> None:
         """An executor may outlive its lease only as long as it takes to kill it, pauses not counted."""

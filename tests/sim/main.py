@@ -15,9 +15,12 @@ import faulthandler
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,7 +93,8 @@ def tell_all(seeds: Iterable[int], jobs: int) -> Iterator[Told]:
         yield from map(tell, seeds)
         return
     # A process begun anew has no threads, locks or signal handlers of this one.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    try:
         running: deque[Future[Told]] = deque()
         for seed in seeds:
             running.append(pool.submit(tell, seed))
@@ -98,6 +102,21 @@ def tell_all(seeds: Iterable[int], jobs: int) -> Iterator[Told]:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """Leave nothing behind where the process that wants the results is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    threading.Thread(target=_outlive, args=(parent.sentinel,), daemon=True).start()
+
+
+def _outlive(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def until(seeds: Iterable[int], hours: float) -> Iterator[int]:
@@ -200,4 +219,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Whoever ends it learns what was seen so far.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

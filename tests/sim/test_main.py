@@ -1,9 +1,11 @@
 """`make sim` itself: the same output however many processes, and kinds that were not seen are named."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from tests.sim.kinds import FAULTS, SAID, SITUATIONS
 from tests.sim.main import Summary, Told, main, until
 
 
@@ -44,3 +46,12 @@ def test_every_kind_is_in_the_line_and_what_was_not_seen_is_named():
 def test_seeds_end_with_the_time_that_was_given():
     assert list(until(range(5), 0.0)) == []
     assert list(until(range(5), 1.0)) == [0, 1, 2, 3, 4]
+
+
+def test_what_situations_are_told_by_is_what_roles_log():
+    product = Path(__file__).parent.parent.parent / "hypha"
+    text = "".join(
+        path.read_text() for folder in ("scheduler", "worker", "network") for path in product.glob(f"{folder}/*.py")
+    )
+    assert [message for message in SAID if f'"{message}"' not in text] == []
+    assert not set(FAULTS) & set(SITUATIONS)

@@ -93,6 +93,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(warm, "COMMAND", (sys.executable, "-c", QUICK))
     monkeypatch.setattr(warm, "LOOK_S", 0.01)
     monkeypatch.setattr(warm, "FULL_S", 0.1)
+    monkeypatch.setattr(warm, "AFTER_JOB_S", 0.0)
 
 
 @pytest.fixture
@@ -148,6 +149,16 @@ async def test_without_room_it_is_ended(machine):
         machine.room = False
         await until_gone(pid)
         assert machine.warm.take(start(), has_gpu=False) is None
+
+
+async def test_another_waits_until_the_job_that_took_the_last_has_begun(machine, monkeypatch):
+    monkeypatch.setattr(warm, "AFTER_JOB_S", PATIENCE_S)
+    async with machine.running():
+        first = await machine.spare()
+        async with machine.launcher.launch(machine.what()) as executor:
+            assert executor.pgid == first
+            with trio.move_on_after(0.2):
+                raise AssertionError(f"process {await machine.spare(besides=first)} was started at once")
 
 
 async def test_before_its_job_it_knows_of_none(machine):
