@@ -194,13 +194,11 @@ class Part:
     def _pushed(self, index: int, parameters: dict[str, torch.Tensor], stem: str) -> outer.Share:
         coding = self.spec.upward
         lost = self.directory / f"lost-{stem}-{index}" if coding.feedback else None
-        seed = (self.spec.seed * 1_000_003 + self.rounds) * 1_009 + index
         delta = outer.pseudo_gradient(
             self.directory / f"push-{self.number}-{index}",
             self.base,
             parameters,
             coding=coding,
-            generator=torch.Generator().manual_seed(seed),
             owed=self.owed[index],
             lost=lost,
         )

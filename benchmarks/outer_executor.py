@@ -71,7 +71,7 @@ class Timed(train.Trainer):
         until = time.monotonic() + BARRIER_S_MAX
         while len(list(arrived.iterdir())) < self.workers and time.monotonic() < until:
             time.sleep(POLL_S)
-        self.note("push", bytes=update.file.bytes, samples=update.samples)
+        self.note("push", bytes=sum(file.bytes for file in update.files), samples=update.samples)
         super().send(kept, update)
         self.note("pushed")
 

@@ -29,7 +29,7 @@ READY = {"gateway": "Gateway ready", "data": "Serving", "worker": "Worker ready"
 
 
 class Cluster(Struct, frozen=True, kw_only=True):
-    """One run: how many workers train, MB (10^6 bytes) of the model in fp32, outer steps; `prefix`: in what nodes run."""
+    """One run: workers that train, MB (10^6 bytes) of the model in fp32, outer steps; `prefix`: in what a node runs."""
 
     directory: Path
     work: Path
