@@ -182,7 +182,7 @@ async def test_an_outer_update_that_does_not_match_the_view_is_refused(autojump_
 
 async def test_an_outer_update_from_whoever_serves_no_parameters_is_refused(autojump_clock, play):
     play.see(opened())
-    with pytest.raises(Refused, match="serv-2 serves no parameters in view 1"):
+    with pytest.raises(Refused, match="serv-2 does not serve shard 0 in view 1"):
         await send_outer(play.here.peers["serv-2"], outer())
 
 
