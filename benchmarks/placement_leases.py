@@ -7,6 +7,7 @@
 CPU seconds of this process per second of wall time, while nothing but renewals happens; and its memory.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -25,15 +27,16 @@ from msgspec import Struct
 from benchmarks.certificates import Files, issue
 from benchmarks.report import Figure
 from hypha.config import NodeConfig
+from hypha.errors import Refused
 from hypha.network import listening, patches
 from hypha.network.addresses import parse
 from hypha.network.host import Libp2pNetwork, open_network
 from hypha.network.seam import Peer
 from hypha.protocol.lease import Kept, Ledger, Sender
-from hypha.protocol.messages import Ack, ReleaseLease, Renewed, RenewLease, WorkerOffer
+from hypha.protocol.messages import Ack, LeaseMessage, ReleaseLease, Renewed, RenewLease, WorkerOffer
 from hypha.protocol.resources import Resources
 from hypha.runtime import RealRuntime
-from hypha.scheduler.pool import LeasedWorker, NotHeld, Pool
+from hypha.scheduler.pool import LeasedWorker, Pool
 from hypha.telemetry import metrics
 
 LEASES = 1000
@@ -80,21 +83,27 @@ class Grantor:
     def __init__(self, network: LightPeer, runtime: RealRuntime) -> None:
         self._runtime = runtime
         self._ledger = Ledger(ONE)
+        self._fence = 0
         network.serve(RenewLease, self._renew)
         network.serve(ReleaseLease, self._release)
 
     async def _renew(self, peer: Peer, message: RenewLease) -> Renewed:
         now = self._runtime.now()
-        if not self._ledger.leases(now):
-            name, fence = message.lease_id, message.fence
-            self._ledger.grant(name, peer.peer_id, ONE, ttl_s=TTL_S, fence=fence, now=now, job_epoch=1)
-        sender = Sender(peer=peer.peer_id, fence=message.fence, job_epoch=message.job_epoch, attempt=message.attempt)
-        kept = self._ledger.renew(message.lease_id, sender, ttl_s=TTL_S, now=now)
-        assert isinstance(kept, Kept), f"renewed in time: {kept}"
+        if message.fence > self._fence:
+            self._fence, name = message.fence, message.lease_id
+            self._ledger.grant(name, peer.peer_id, ONE, ttl_s=TTL_S, fence=self._fence, now=now, job_epoch=1)
+        kept = self._ledger.renew(message.lease_id, _sender(peer, message), ttl_s=TTL_S, now=now)
+        if not isinstance(kept, Kept):
+            raise Refused(kept.reason, "stale")
         return Renewed(lease_id=message.lease_id, remaining_s=kept.remaining_s)
 
-    async def _release(self, _peer: Peer, _message: ReleaseLease) -> Ack:
+    async def _release(self, peer: Peer, message: ReleaseLease) -> Ack:
+        self._ledger.release(message.lease_id, _sender(peer, message), reason=message.reason, now=self._runtime.now())
         return Ack()
+
+
+def _sender(peer: Peer, message: LeaseMessage[Any]) -> Sender:
+    return Sender(peer=peer.peer_id, fence=message.fence, job_epoch=message.job_epoch, attempt=message.attempt)
 
 
 def _config(files: Files) -> NodeConfig:
@@ -180,21 +189,23 @@ async def _lease_all(network: Libp2pNetwork, pool: Pool, known: list[Known], run
     async def lease(number: int, peer: Known) -> None:
         async with limit:
             network.learn(peer.peer_id, peer.addresses)
-            offer = WorkerOffer(
-                advertisement_id="bench",
-                choices=(),
-                lease_id=f"lease-{number}",
-                fence=1,
-                resources=ONE,
-                ttl_s=TTL_S,
-                addresses=peer.addresses,
-            )
             # A machine busy with other things may not shake hands within the two attempts that an offer gets.
-            leased: LeasedWorker | NotHeld = NotHeld("not tried yet")
-            while isinstance(leased, NotHeld):
-                leased = await pool.accept(
-                    peer.peer_id, offer, work="train", executor="none", price=1.0, received_at=runtime.now()
+            for fence in itertools.count(1):
+                offer = WorkerOffer(
+                    advertisement_id="bench",
+                    choices=(),
+                    lease_id=f"lease-{number}-{fence}",
+                    fence=fence,
+                    resources=ONE,
+                    ttl_s=TTL_S,
+                    addresses=peer.addresses,
                 )
+                now = runtime.now()
+                leased = await pool.accept(
+                    peer.peer_id, offer, work="train", executor="none", price=1.0, received_at=now
+                )
+                if isinstance(leased, LeasedWorker):
+                    return
 
     async with trio.open_nursery() as nursery:
         for number, peer in enumerate(known):

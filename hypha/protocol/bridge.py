@@ -19,6 +19,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from hypha.protocol.messages import INTERVALS_PER_CONTRIBUTION_MAX, Count, Digest, Interval, Reason
+from hypha.protocol.shards import SHARDS_MAX
 
 RelativePath = Annotated[str, Meta(min_length=1, max_length=1024)]
 
@@ -35,6 +36,10 @@ class FileRef(Struct, frozen=True, kw_only=True):
     path: RelativePath
     bytes: Count
     digest: Digest
+
+
+# One file for each shard of the model, in their order: one file where one parameter server has it all.
+Parts = Annotated[tuple[FileRef, ...], Meta(min_length=1, max_length=SHARDS_MAX)]
 
 
 class BridgeError(BridgeMessage, frozen=True, kw_only=True):
@@ -64,14 +69,15 @@ class FetchBase(BridgeMessage, frozen=True, kw_only=True):
 
 
 class BaseFetched(BridgeMessage, frozen=True, kw_only=True):
-    """`file` is model `round - 1`: the base of round `round`."""
+    """`files` are model `round - 1`, the base of round `round`, shard by shard; `digest` is the whole's."""
 
     round: Count
-    file: FileRef
+    digest: Digest
+    files: Parts
 
 
 class FetchResume(BridgeMessage, frozen=True, kw_only=True):
-    """Aggregate only: the files of the job's ResumePoint."""
+    """Aggregate only: the files of the job's ResumePoint, all of this server's shard."""
 
 
 class ResumeFetched(BridgeMessage, frozen=True, kw_only=True):
@@ -114,8 +120,21 @@ class HeldOutFetched(BridgeMessage, frozen=True, kw_only=True):
     paths: tuple[RelativePath, ...]
 
 
-Fetch = FetchSource | FetchBase | FetchResume | FetchSamples | FetchHeldOut
-Fetched = SourceFetched | BaseFetched | ResumeFetched | SamplesFetched | NoSamples | HeldOutFetched
+class FetchOthers(BridgeMessage, frozen=True, kw_only=True):
+    """Aggregate only: model `round` as the other shards have it; `digest` is that of this one's."""
+
+    round: Count
+    digest: Digest
+
+
+class OthersFetched(BridgeMessage, frozen=True, kw_only=True):
+    """The other shards' files, in their order: with this one's they are the whole model."""
+
+    files: tuple[FileRef, ...]
+
+
+Fetch = FetchSource | FetchBase | FetchResume | FetchSamples | FetchHeldOut | FetchOthers
+Fetched = SourceFetched | BaseFetched | ResumeFetched | SamplesFetched | NoSamples | HeldOutFetched | OthersFetched
 
 
 # --- send ------------------------------------------------------------------------------------------------------------
@@ -124,13 +143,14 @@ Fetched = SourceFetched | BaseFetched | ResumeFetched | SamplesFetched | NoSampl
 class SendUpdate(BridgeMessage, frozen=True, kw_only=True):
     """A pseudo-gradient (θ_start − θ_end, canonical SafeTensors fp32) of round `round`. samples may be 0.
 
-    The call returns when every parameter server has answered; the worker retries broken transfers itself. The file
-    stays the executor's: keep it until the round is committed, it may have to be sent again.
+    One file for each parameter server, with the tensors of its shard. The call returns when all of them have answered;
+    the worker retries broken transfers itself. The files stay the executor's: keep them until the round is committed,
+    they may have to be sent again.
     """
 
     round: Count
     base_digest: Digest
-    file: FileRef
+    files: Parts
     samples: Count
     intervals: Annotated[tuple[Interval, ...], Meta(max_length=INTERVALS_PER_CONTRIBUTION_MAX)]
     loss: float = 0.0
@@ -176,17 +196,21 @@ class ViewChanged(BridgeMessage, frozen=True, kw_only=True):
 
 
 class UpdateArrived(BridgeMessage, frozen=True, kw_only=True):
-    """Outer step `round`, to be subtracted from its base; the result must have `model_digest`."""
+    """Outer step `round`, to be subtracted from its base, shard by shard; shard k must then have `parts[k]`.
+
+    `base_digest` and `model_digest` are the whole's.
+    """
 
     round: Count
     close: Count
     base_digest: Digest
     model_digest: Digest
-    file: FileRef
+    files: Parts
+    parts: Annotated[tuple[Digest, ...], Meta(min_length=1, max_length=SHARDS_MAX)]
 
 
 class RoundCommitted(BridgeMessage, frozen=True, kw_only=True):
-    """Round `round` (model `digest`) is durable: what was kept to undo it may go."""
+    """Round `round` (model `digest`; for an aggregate executor its shard's) is durable: what could undo it may go."""
 
     round: Count
     digest: Digest

@@ -27,6 +27,7 @@ from hypha.protocol.messages import (
     Rebase,
     RoundView,
 )
+from hypha.protocol.shards import part_of
 from hypha.protocol.views import Part, Verdict, ViewGuard, judge_lease
 
 Key = tuple[str, int]  # (peer id, fence)
@@ -46,7 +47,10 @@ class Screening(Struct, frozen=True, kw_only=True):
 
 
 class MergePlan(Struct, frozen=True, kw_only=True):
-    """Merge these, in this order, from the state before the round. `drop`: spooled files that are of no use now."""
+    """Merge these, in this order, from the state before the round. `drop`: spooled files that are of no use now.
+
+    `base_digest` is that of this server's shard.
+    """
 
     round: int
     close: int
@@ -68,11 +72,12 @@ class ViewTaken(Struct, frozen=True, kw_only=True):
 
 
 class _Generation:
-    """One round on one base: what has come, and its newest Close."""
+    """One round on one base: what has come, and its newest Close. `part` is this shard's of the base."""
 
-    def __init__(self, round: int, base_digest: str) -> None:
+    def __init__(self, round: int, base_digest: str, part: str) -> None:
         self.round = round
         self.base_digest = base_digest
+        self.part = part
         self.held: dict[Key, Contribution] = {}
         self.request: CloseRound | None = None
         self.merged: Merged | None = None
@@ -83,13 +88,21 @@ class _Generation:
 
 
 class Collector:
-    """The rules of one parameter server; `me` is its own lease."""
+    """The rules of one parameter server; `me` is its own lease, `shard` its share of the model."""
 
     def __init__(
-        self, job_id: str, me: Member, *, round: int, model_digest: str, momentum_digest: str | None = None
+        self,
+        job_id: str,
+        me: Member,
+        *,
+        round: int,
+        model_digest: str,
+        momentum_digest: str | None = None,
+        shard: int = 0,
     ) -> None:
         """Begin with model and momentum after `round` outer steps: what a Ready of this server says, now and later."""
         self.me = me
+        self.shard = shard
         self.guard = ViewGuard(job_id)
         self.round = round  # the newest committed round, or what the state was restored from
         self.model_digest = model_digest
@@ -110,10 +123,11 @@ class Collector:
         drop: tuple[Contribution, ...] = ()
         if generation is None or generation.base_digest != view.base_digest:
             self._open = None
-            if self._model(view.round - 1) != view.base_digest:
+            part = part_of(view.base_digest, view.parts, self.shard)
+            if part is None or self._model(view.round - 1) != part:
                 return ViewTaken(changed=True, unservable=self._mismatch(view))
             drop = self._drop_from(view.round)
-            generation = self._generations[view.round] = _Generation(view.round, view.base_digest)
+            generation = self._generations[view.round] = _Generation(view.round, view.base_digest, part)
         self._open = generation
         members = {(member.peer_id, member.fence) for member in view.members}
         self._arriving = {key: push for key, push in self._arriving.items() if key in members}
@@ -140,13 +154,14 @@ class Collector:
             return verdict
         if message.round < self.round:
             return ()
-        if self._model(message.round) != message.digest:
+        digest = part_of(message.digest, message.parts, self.shard)
+        if digest is None or self._model(message.round) != digest:
             return Verdict(reason=f"round {message.round} was committed as {message.digest[:12]}, not as merged here")
         if message.round == self.round:
             return ()
         merged = self._generations[message.round].merged
         assert merged is not None, "its model is known"
-        self.round, self.model_digest, self.momentum_digest = message.round, message.digest, merged.momentum_digest
+        self.round, self.model_digest, self.momentum_digest = message.round, digest, merged.momentum_digest
         gone = [self._generations.pop(r) for r in sorted(self._generations) if r <= message.round]
         if self._open in gone:
             self._open = None  # until the view that opens the next round arrives
@@ -251,7 +266,7 @@ class Collector:
         if verdict is not None:
             return verdict
         generation = self._generations.get(request.round)
-        if generation is None or generation.base_digest != request.base_digest:
+        if generation is None or generation.part != request.base_digest:
             return Verdict(reason=f"round {request.round} on {request.base_digest[:12]} is not open here")
         before = generation.request
         if before is not None and request.close <= before.close:
@@ -298,7 +313,7 @@ class Collector:
         return MergePlan(
             round=generation.round,
             close=request.close,
-            base_digest=generation.base_digest,
+            base_digest=generation.part,
             inputs=tuple(contribution for contribution in named if contribution.samples),
             drop=drop,
         )
@@ -306,7 +321,7 @@ class Collector:
     def merge_done(self, merged: Merged) -> bool:
         """Take the outcome of a plan; False when a later Close has overtaken it and it means nothing."""
         generation = self._planned(merged.round, merged.close)
-        if generation is None or generation.base_digest != merged.base_digest:
+        if generation is None or generation.part != merged.base_digest:
             return False
         generation.merged = merged
         return True

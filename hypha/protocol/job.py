@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 from hypha.protocol.compression import Compression
 from hypha.protocol.fragments import Streaming
+from hypha.protocol.shards import SHARDS_MAX
 
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
@@ -157,6 +158,8 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     outer: OuterOptimizer
     rounds: Rounds
     preprocessor: PreprocessorSpec | None = None
-    resume: ResumePoint | None = None
+    resume: ResumePoint | None = None  # of the shard
+    shards: Annotated[int, Meta(ge=1, le=SHARDS_MAX)] = 1  # parameter servers that share the model
+    shard: Annotated[int, Meta(ge=0, lt=SHARDS_MAX)] = 0  # which of them this job is for; trainers work with all
     compression: Compression = Compression()
     streaming: Streaming = Streaming()

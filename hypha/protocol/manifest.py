@@ -40,12 +40,18 @@ class JobEpochStarted(Entry, frozen=True, kw_only=True):
     settings: str = ""
 
 
-class RoundCommitted(Entry, frozen=True, kw_only=True):
+class RoundCommitted(Entry, frozen=True, kw_only=True, omit_defaults=True):
     """Outer step `merged.round` happened, once and for all, from exactly these contributions."""
 
-    merged: Merged
+    merged: Merged  # of the whole
+    parts: tuple[Merged, ...] = ()  # by shard, where there are several
     contributions: tuple[Contribution, ...]  # all that the Close named, empty ones too, in (peer id, fence) order
     samples: Count  # in this round
+
+    @property
+    def shards(self) -> tuple[Merged, ...]:
+        """What each shard's parameter server made, in their order."""
+        return self.parts or (self.merged,)
 
 
 AnyEntry = JobEpochStarted | RoundCommitted
@@ -68,8 +74,10 @@ class ChainState(Struct, frozen=True, kw_only=True):
     job_epoch: int = 0
     scheduler: str | None = None
     round: int = 0
-    model_digest: str | None = None  # None: no outer step yet, the initial model is not pinned down
-    momentum_digest: str | None = None
+    # By shard; empty: no outer step yet, the initial model is not pinned down.
+    models: tuple[str, ...] = ()
+    momenta: tuple[str, ...] = ()
+    model_digest: str | None = None  # of the whole
     close: int = 0
     records: tuple[str, ...] = ()  # record digests of rounds 1 … round
     epoch: int = 0
@@ -89,7 +97,8 @@ def to_bytes(entry: AnyEntry) -> bytes:
 
 
 def _floats(entry: RoundCommitted) -> list[float]:
-    return [entry.merged.update_norm, *(contribution.loss for contribution in entry.contributions)]
+    norms = [merged.update_norm for merged in (entry.merged, *entry.parts)]
+    return [*norms, *(contribution.loss for contribution in entry.contributions)]
 
 
 def from_bytes(data: bytes) -> AnyEntry:
@@ -146,9 +155,18 @@ class Chain:
         )
 
     def round_entry(
-        self, merged: Merged, contributions: Iterable[Contribution], *, job_epoch: int, nonce: str
+        self,
+        merged: Merged,
+        contributions: Iterable[Contribution],
+        *,
+        job_epoch: int,
+        nonce: str,
+        parts: Sequence[Merged] = (),
     ) -> RoundCommitted:
-        """Return the entry that commits `merged`. `job_epoch` is the writer's own, whatever the chain has become."""
+        """Return the entry that commits `merged`, by shard `parts` where there are several.
+
+        `job_epoch` is the writer's own, whatever the chain has become.
+        """
         named = tuple(sorted(contributions, key=lambda c: (c.peer_id, c.fence)))
         return RoundCommitted(
             number=self._state.number,
@@ -157,6 +175,7 @@ class Chain:
             job_epoch=job_epoch,
             nonce=nonce,
             merged=merged,
+            parts=tuple(parts),
             contributions=named,
             samples=sum(c.samples for c in named),
         )
@@ -187,15 +206,17 @@ class Chain:
             raise RemoteProtocolError(f"{where} is of job epoch {entry.job_epoch}, but it is {state.job_epoch}'s turn")
         if merged.round != state.round + 1:
             raise RemoteProtocolError(f"{where} commits round {merged.round} after round {state.round}")
-        if state.model_digest not in (None, merged.base_digest):
+        bases = tuple(shard.base_digest for shard in entry.shards)
+        if state.models and (merged.base_digest, bases) != (state.model_digest, state.models):
             raise RemoteProtocolError(f"{where}: round {merged.round} was not made from model {state.round}")
         epoch = self._use(entry, where)
         self._records.append(merged.record_digest)
         return msgspec.structs.replace(
             state,
             round=merged.round,
+            models=tuple(shard.model_digest for shard in entry.shards),
+            momenta=tuple(shard.momentum_digest for shard in entry.shards),
             model_digest=merged.model_digest,
-            momentum_digest=merged.momentum_digest,
             close=merged.close,
             epoch=epoch,
             samples=state.samples + entry.samples,

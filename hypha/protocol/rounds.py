@@ -17,7 +17,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from hypha.errors import LocalProtocolError
-from hypha.protocol.closing import Close, Closing, Outcome
+from hypha.protocol.closing import Close, Closing, Outcome, Waiting
 from hypha.protocol.manifest import ChainState
 from hypha.protocol.messages import (
     Collected,
@@ -28,6 +28,8 @@ from hypha.protocol.messages import (
     RoundMessage,
     RoundView,
 )
+from hypha.protocol.servers import Servers, Serving
+from hypha.protocol.shards import Sha256, whole_digest
 from hypha.protocol.slices import Later, SliceTable
 from hypha.protocol.tally import Exclude, Key, Tally
 from hypha.protocol.views import Part, Verdict, judge, judge_lease, say_members
@@ -42,13 +44,7 @@ class Terms(Struct, frozen=True, kw_only=True):
     deadline_s: float
     fewest: int = 0  # with fewer workers leased no round closes
     ahead: bool = False  # members may train for the round after the open one
-
-
-class Waiting(Struct, frozen=True, kw_only=True):
-    """No Close now, and why. `replace`: leases that can add nothing to this round although all wait for it."""
-
-    reason: str
-    replace: tuple[Member, ...] = ()
+    shards: int = 1  # parameter servers that share the model
 
 
 class RoundBook:
@@ -62,6 +58,7 @@ class RoundBook:
         chain: ChainState,
         table: SliceTable,
         now: float,
+        sha256: Sha256,
         excluded: Iterable[Exclude] = (),
         awaited: Iterable[Member] = (),
     ) -> None:
@@ -71,12 +68,11 @@ class RoundBook:
         self.table = table
         self.round = chain.round + 1
         self.committed_round, self.committed_digest = chain.round, chain.model_digest
-        self.momentum_digest = chain.momentum_digest
         self.samples = chain.samples
-        self.base_digest = chain.model_digest
+        self._sha256 = sha256
         self.members: set[Member] = set()
         self.followers: set[Member] = set()
-        self.servers: dict[Member, bytes] = {}
+        self.servers = Servers(terms.shards, chain.models, chain.momenta)
         self.uncommitted: Outcome | None = None
         self.final = chain.round >= terms.updates
         self._awaited = set(awaited)
@@ -87,16 +83,17 @@ class RoundBook:
         self._number = 0
         self._view: RoundView | None = None
         self._closed_tally: Tally | None = None
-        self._open(self.round, self.base_digest, now)
+        self._open(self.round, chain.models, now)
 
     def __repr__(self) -> str:
         crew = f"{len(self.members)} members, {len(self.followers)} followers, {len(self.servers)} servers"
         return f"<RoundBook view {self.job_epoch}.{self._number} round {self.round} [{crew}]>"
 
-    def _open(self, round: int, base_digest: str | None, now: float, tally: Tally | None = None) -> None:
-        self.round, self.base_digest = round, base_digest
+    def _open(self, round: int, base: tuple[str, ...], now: float, tally: Tally | None = None) -> None:
+        self.round, self._base = round, base  # by shard; empty while it is not known
+        self.base_digest = whole_digest(base, self._sha256) if base else None
         self.deadline = now + self.terms.deadline_s
-        self._tally = tally or Tally(round, base_digest)
+        self._tally = tally or Tally(round, self.base_digest)
         self._closing.drop()
         self._bump()
 
@@ -115,8 +112,10 @@ class RoundBook:
             base_digest=self.base_digest,
             members=tuple(sorted(self.members)),
             followers=tuple(sorted(self.followers)),
-            servers=tuple(sorted(self.servers)),
-            server_addresses=tuple(self.servers[server] for server in sorted(self.servers)),
+            servers=tuple(self.servers),
+            server_addresses=self.servers.addresses(),
+            shards=self.servers.order() if len(self._base) > 1 else (),
+            parts=self._base if len(self._base) > 1 else (),
             deadline_s=self.terms.deadline_s,
             committed_round=self.committed_round,
             committed_digest=self.committed_digest or self.base_digest,
@@ -176,9 +175,17 @@ class RoundBook:
         return None
 
     def server_ready(
-        self, server: Member, address: bytes, *, round: int, digest: str, momentum_digest: str | None, now: float
+        self,
+        server: Member,
+        address: bytes,
+        *,
+        round: int,
+        digest: str,
+        momentum_digest: str | None,
+        now: float,
+        shard: int = 0,
     ) -> str | None:
-        """A parameter server holds model and momentum `round`. Returns why rounds may not open on it, or None.
+        """A parameter server holds a shard of model and momentum `round`. Returns why it may not count, or None.
 
         Updates are sent to it from the start, whatever its predecessor had: the round gets its whole time again.
         """
@@ -188,29 +195,24 @@ class RoundBook:
             return f"round {self.uncommitted.round} is neither committed nor lost yet"
         if round != self.committed_round:
             return f"it holds model {round}; {self.committed_round} is committed"
-        if self.committed_digest is not None and digest != self.committed_digest:
-            return f"its model {round} is {digest[:12]}, not {self.committed_digest[:12]}"
-        if self.momentum_digest is not None and momentum_digest != self.momentum_digest:
-            return f"its momentum after round {round} is not the committed one"
-        if self.servers and digest != self.base_digest:
-            return f"its initial model is {digest[:12]}; the other servers have another"
-        self.servers[server] = address
+        if reason := self.servers.add(server, Serving(shard, address), digest=digest, momentum_digest=momentum_digest):
+            return reason
         self.deadline = now + self.terms.deadline_s
-        if digest != self.base_digest:
-            self._tally = Tally(self.round, digest)
-        self.base_digest = digest
+        if (models := self.servers.models()) != self._base:  # before the first commit only
+            self._base, self.base_digest = models, whole_digest(models, self._sha256)
+            self._tally = Tally(self.round, self.base_digest)
         self._closing.drop()
         self._bump()
         return None
 
     def lease_died(self, member: Member) -> tuple[Exclude, ...]:
         """A lease is dead. Returns what to journal, and then to tell `excluded`."""
-        known = member in self.members | self.followers | self._awaited | set(self.servers)
+        known = member in self.members | self.followers | self._awaited or member in self.servers
         self.members.discard(member)
         self.followers.discard(member)
         self._awaited.discard(member)
         self.table.forget(member)
-        if self.servers.pop(member, None) is not None:
+        if self.servers.remove(member):
             self._closing.drop()
         if known:
             self._bump()
@@ -256,15 +258,14 @@ class RoundBook:
     def grant(self, member: Member, *, request: int, wanted: int, ahead: bool = False) -> Interval | Later | None:
         """Grant samples of the open round to a member that `check` let pass; journal the grant before it is sent.
 
-        None is NoMore. Later: ask again in a moment. `ahead`: of the round after the open one, to a member with samples
-        of the open one (which so will not starve for these), let pass by `check_lease`.
+        None is NoMore. Later: ask again. `ahead`: of the round after the open one, to whom `check_lease` let pass.
         """
         round = self.round + ahead
         if round > self.terms.updates:
             return Later(reason=f"the last round, {self.terms.updates}, is being committed")
         if (member.peer_id, member.fence, round) in self._excluded:
             return None
-        if ahead and not self.table.held(member, self.round):
+        if ahead and not self.table.held(member, self.round):  # the open round must not starve for what comes after
             return Later(reason=f"it holds no samples of round {self.round}, which comes first")
         return self.table.grant(member, round=round, request=request, wanted=wanted)
 
@@ -290,7 +291,7 @@ class RoundBook:
     def accepted(self) -> dict[Key, Contribution]:
         """Contributions that count in the open round: held by all servers, not excluded, every sample theirs."""
         out = [(peer, fence) for peer, fence, round in self._excluded if round == self.round]
-        held = self._tally.accepted(sorted(self.servers), out)
+        held = {} if self.servers.missing else self._tally.accepted(self.servers, out)
         return {key: contribution for key, contribution in held.items() if self.table.check(contribution) is None}
 
     # --- closing --------------------------------------------------------------------------------------------------
@@ -323,8 +324,8 @@ class RoundBook:
             return f"round {self.uncommitted.round} is not committed yet"
         if (leased := len(self.members | self.followers)) < self.terms.fewest:
             return f"round {self.round}: {leased} of {self.terms.fewest} workers without which the job waits"
-        if not self.servers:
-            return f"round {self.round}: no parameter server is ready"
+        if self.servers.missing:
+            return f"round {self.round}: no parameter server is ready{self.servers.lacking()}"
         if self.pending is not None:
             merging = say_members(self._closing.unanswered())
             return f"round {self.round}: close {self.pending.close} is being merged by {merging}"
@@ -353,16 +354,14 @@ class RoundBook:
         self._closing.refused(close, reason, self.accepted())
 
     def merged(self, server: Member, merged: Merged, now: float) -> Outcome | str | None:
-        """Take a server's answer. Returns the Outcome once all agree, why it is not taken, or None: others to come."""
+        """Take a server's answer. Returns the Outcome once all are here, why it is not taken, or None."""
         outcome = self._closing.answered(server, merged)
         if not isinstance(outcome, Outcome):
-            if outcome is not None and not self._closing.unanswered():
-                self.close_refused(merged.close, outcome)
             return outcome
         for contribution in outcome.contributions:
             self.table.settle(contribution)
         self.uncommitted, self._closed_tally = outcome, self._tally
-        self._open(self.round + 1, outcome.merged[0].model_digest, now)
+        self._open(self.round + 1, tuple(merged.model_digest for merged in outcome.merged), now)
         return outcome
 
     # --- committing -----------------------------------------------------------------------------------------------
@@ -376,8 +375,9 @@ class RoundBook:
             return ()
         outcome = self._expect(round)
         returned = self.table.commit(round, outcome.contributions)
-        self.committed_round, self.committed_digest = round, outcome.merged[0].model_digest
-        self.momentum_digest = outcome.merged[0].momentum_digest
+        models = tuple(merged.model_digest for merged in outcome.merged)
+        self.committed_round, self.committed_digest = round, whole_digest(models, self._sha256)
+        self.servers.committed(models, [merged.momentum_digest for merged in outcome.merged])
         self.samples += outcome.samples
         self.uncommitted = self._closed_tally = None
         self._excluded = {key: e for key, e in self._excluded.items() if e.round > round}
@@ -390,7 +390,7 @@ class RoundBook:
         """It can no longer become durable, for certain: open it again on its base. Returns what to journal."""
         outcome = self._expect(round)
         self.uncommitted = None
-        self._open(round, outcome.merged[0].base_digest, now, self._closed_tally)
+        self._open(round, tuple(merged.base_digest for merged in outcome.merged), now, self._closed_tally)
         self._closed_tally = None
         return self.orphans()
 

@@ -65,6 +65,11 @@ def leases_of(view: RoundView, part: Part) -> tuple[Member, ...]:
             return view.servers
 
 
+def server_of(view: RoundView, shard: int) -> Member | None:
+    """Return the parameter server that has a shard; None while it has none."""
+    return next((server for server, its in zip(view.servers, view.shards or (0,), strict=False) if its == shard), None)
+
+
 def judge_epoch(view: RoundView, job_id: str, job_epoch: int) -> Verdict | None:
     """Return why a message of that job and epoch is not accepted under `view`, or None."""
     if job_id != view.job_id:
@@ -157,15 +162,15 @@ class ViewGuard:
             verdict = Verdict(reason=f"job epoch {job_epoch} belongs to {self.scheduler}, not to {peer_id}")
         return verdict
 
-    def check_server(self, *, job_epoch: int, view: int, peer_id: str) -> Verdict | None:
-        """Return why an outer update made under that view by `peer_id` is not accepted, or None."""
+    def check_server(self, *, job_epoch: int, view: int, peer_id: str, shard: int = 0) -> Verdict | None:
+        """Return why an outer update of a shard, made under that view by `peer_id`, is not accepted, or None."""
         if self.view is None:
             return Verdict(reason="no view has come here yet", retry=True)
         verdict = judge_epoch(self.view, self.job_id, job_epoch)
         if verdict is None and view > self.view.view:
             return Verdict(reason=f"view {view} is newer than {self.view.view} here", retry=True)
-        if verdict is None and all(server.peer_id != peer_id for server in self.view.servers):
-            verdict = Verdict(reason=f"{peer_id} serves no parameters in view {self.view.view}")
+        if verdict is None and getattr(server_of(self.view, shard), "peer_id", None) != peer_id:
+            verdict = Verdict(reason=f"{peer_id} does not serve shard {shard} in view {self.view.view}")
         return verdict
 
 

@@ -154,6 +154,7 @@ class Answers:
             reason = job.book.server_ready(
                 worker.member,
                 worker.addresses,
+                shard=job.shards.get(worker.member, 0),
                 round=message.round,
                 digest=message.digest,
                 momentum_digest=message.momentum_digest,

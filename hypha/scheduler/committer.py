@@ -1,8 +1,8 @@
 """Making outer steps durable, off the critical path: workers train on while this runs (rounds.md).
 
-    Outcome(r) ─▶ fetch record ─▶ store it under its digest ─▶ chain entry r ─▶ committed
+    Outcome(r) ─▶ fetch records ─▶ store them under their digests ─▶ chain entry r ─▶ committed
                   every N rounds and at the end: model and momentum, too, before the entry
-    the servers of r all gone before its record was here ─▶ lost: the round opens again
+    the server of one shard gone before its record was here ─▶ lost: the round opens again
 
 A store that cannot be written is tried again for as long as it takes; training waits at the end of the next round.
 """
@@ -10,6 +10,7 @@ A store that cannot be written is tried again for as long as it takes; training 
 from collections.abc import Callable
 from pathlib import Path
 
+import trio
 from msgspec import Struct
 
 from hypha.errors import PeerUnreachable, RemoteProtocolError, StoreError
@@ -17,7 +18,8 @@ from hypha.network.artifacts import fetch_artifact
 from hypha.network.retry import Backoff
 from hypha.network.seam import Network
 from hypha.protocol.closing import Outcome
-from hypha.protocol.messages import FetchModel, Member, Merged
+from hypha.protocol.messages import FetchModel, Member
+from hypha.protocol.shards import kind_of
 from hypha.runtime import Runtime
 from hypha.scheduler.config import CheckpointConfig
 from hypha.scheduler.standing import Standing
@@ -70,39 +72,51 @@ class Committer:
         """Whether model and momentum of this round are kept."""
         return round_made == self._updates or round_made % self._checkpoint.every == 0
 
-    async def commit(self, outcome: Outcome, servers: tuple[Member, ...]) -> bool:
-        """Make a round durable. False: it is lost, no server that made it is left and its record never came.
+    async def commit(self, outcome: Outcome) -> bool:
+        """Make a round durable. False: it is lost, a server that made it is gone and its record never came.
 
         Raises Deposed when another scheduler has taken the job over.
         """
-        merged = outcome.merged[0]
-        wanted = [Wanted(part="record", round=outcome.round, digest=merged.record_digest)]
-        if self.stores_state(outcome.round):
-            wanted += _state_of(merged)
+        kept: list[bool] = []
+
+        async def keep_shard(shard: int) -> None:
+            wanted = self._wanted(outcome, shard)
+            kept.append(all([await self.keep(each, outcome.servers[shard]) for each in wanted]))
+
         with span("commit", round=outcome.round):
-            for each in wanted:
-                if not await self.keep(each, servers):
-                    return False
-            await self._append(outcome, merged)
+            async with trio.open_nursery() as nursery:
+                for shard in range(len(outcome.servers)):
+                    nursery.start_soon(keep_shard, shard)
+            if not all(kept):
+                return False
+            await self._append(outcome)
         return True
 
-    async def keep(self, wanted: Wanted, servers: tuple[Member, ...]) -> bool:
-        """Fetch one file from whichever server has it, and store it. False once none of them lives."""
+    def _wanted(self, outcome: Outcome, shard: int) -> list[Wanted]:
+        merged = outcome.merged[shard]
+        digests = {"record": merged.record_digest}
+        if self.stores_state(outcome.round):
+            digests |= {"model": merged.model_digest, "momentum": merged.momentum_digest}
+        return [
+            Wanted(part=kind_of(part, shard), round=outcome.round, digest=digest) for part, digest in digests.items()
+        ]
+
+    async def keep(self, wanted: Wanted, server: Member) -> bool:
+        """Fetch one file from the server that has it, and store it. False once that is dead."""
         backoff = self._backoff()
         path = self._downloads / f"{wanted.part}-{wanted.digest}"
         while not path.is_file():
-            living = [server for server in servers if self._alive(server)]
-            if not living:
+            if not self._alive(server):
                 self._standing.clear("fetch")
                 log.warn("State lost before it was stored", part=wanted.part, round=wanted.round)
                 return False
-            if not await self._fetch(wanted, living, path):
+            if not await self._fetch(wanted, server, path):
                 await backoff.wait()
         await self._persist(lambda: self._store.put(wanted.part, wanted.round, wanted.digest, path))
         await self._runtime.run_blocking(path.unlink, True)  # noqa: FBT003 - missing_ok
         return True
 
-    async def _fetch(self, wanted: Wanted, servers: list[Member], path: Path) -> bool:
+    async def _fetch(self, wanted: Wanted, server: Member, path: Path) -> bool:
         message = FetchModel(
             job_id=self._store.opened.job_id,
             job_epoch=self._job_epoch,
@@ -110,25 +124,22 @@ class Committer:
             round=wanted.round,
             digest=wanted.digest,
         )
-        for server in servers:
-            try:
-                await fetch_artifact(
-                    self._network, server.peer_id, message, path, runtime=self._runtime, patience_s=self._patience_s
-                )
-            except StoreError as error:
-                self._standing.warn(
-                    "fetch", "What servers made cannot be written to state_dir; tried again", str(error)
-                )
-            except (PeerUnreachable, RemoteProtocolError) as error:
-                self._standing.note("fetch", f"{wanted.part} of round {wanted.round} is not here yet", str(error))
-            else:
-                self._standing.clear("fetch")
-                return True
-        return False
+        try:
+            await fetch_artifact(
+                self._network, server.peer_id, message, path, runtime=self._runtime, patience_s=self._patience_s
+            )
+        except StoreError as error:
+            self._standing.warn("fetch", "What servers made cannot be written to state_dir; tried again", str(error))
+            return False
+        except (PeerUnreachable, RemoteProtocolError) as error:
+            self._standing.note("fetch", f"{wanted.part} of round {wanted.round} is not here yet", str(error))
+            return False
+        self._standing.clear("fetch")
+        return True
 
-    async def _append(self, outcome: Outcome, merged: Merged) -> None:
+    async def _append(self, outcome: Outcome) -> None:
         entry = self._store.round_entry(
-            merged, outcome.contributions, job_epoch=self._job_epoch, nonce=self._runtime.new_id()
+            outcome.merged, outcome.contributions, job_epoch=self._job_epoch, nonce=self._runtime.new_id()
         )
         await self._persist(lambda: self._store.commit(entry))
         if self.stores_state(outcome.round):
@@ -152,10 +163,3 @@ class Committer:
 
     def _backoff(self) -> Backoff:
         return Backoff(self._runtime, base_s=STORE_BACKOFF_S, max_s=STORE_BACKOFF_MAX_S)
-
-
-def _state_of(merged: Merged) -> list[Wanted]:
-    return [
-        Wanted(part="model", round=merged.round, digest=merged.model_digest),
-        Wanted(part="momentum", round=merged.round, digest=merged.momentum_digest),
-    ]

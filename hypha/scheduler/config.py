@@ -21,6 +21,7 @@ from hypha.protocol.compression import Compression
 from hypha.protocol.fragments import Streaming
 from hypha.protocol.job import InnerOptimizer, ModelSpec, OuterOptimizer, PreprocessorSpec, Rounds
 from hypha.protocol.resources import Resources
+from hypha.protocol.shards import SHARDS_MAX
 
 Name = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -48,12 +49,14 @@ class JobResources(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     The run starts with `min_workers` at least and takes up to `workers`; each must have what `worker` says. `find_s`:
     the job fails when they cannot be had by then. Once it runs, it waits while fewer than `min_workers` are leased;
     where that is not given, it goes on with whoever reaches the quorum. Beyond `workers` it takes those that come, up
-    to `max_workers`.
+    to `max_workers`. `parameter_servers` share the model, tensor by tensor, evenly by bytes; each has a lease of its
+    own. A job keeps the number that it was begun with.
     """
 
     workers: Annotated[int, Meta(ge=1, le=4096)] = 1
     min_workers: Annotated[int, Meta(ge=1, le=4096)] | None = None
     max_workers: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    parameter_servers: Annotated[int, Meta(ge=1, le=SHARDS_MAX)] = 1
     executor: Annotated[str, Meta(min_length=1)] = "diloco-transformer"
     parameter_server_executor: Annotated[str, Meta(min_length=1)] = "parameter-server"
     worker: Resources = Resources(cpu=1.0, memory=1.0)

@@ -18,9 +18,10 @@ from hypha.network.breaker import BreakerLimits, Breakers
 from hypha.network.outbox import Outbox
 from hypha.network.retry import Backoff, attempt
 from hypha.network.seam import Network
-from hypha.protocol.closing import Close, Outcome
+from hypha.protocol.closing import Close, Outcome, Waiting
 from hypha.protocol.messages import CloseRound, Committed, Member, Merging, Ready, RoundView
-from hypha.protocol.rounds import RoundBook, Waiting
+from hypha.protocol.rounds import RoundBook
+from hypha.protocol.shards import kind_of
 from hypha.protocol.tally import Exclude
 from hypha.runtime import Runtime
 from hypha.scheduler.committer import Committer, Wanted
@@ -81,6 +82,7 @@ class Coordinator:
         self._failures_max = failures_max
         self._employed: set[Member] = set()
         self.trying: set[Member] = set()  # leases of the last run that may still be adopted
+        self.shards: dict[Member, int] = {}  # what each parameter server's lease is for
         self._failed_in_a_row = 0
         self._sent: tuple[int, bool] | None = None
         self._span: Span = start_span("outer_round", root=True, round=book.round)
@@ -154,6 +156,7 @@ class Coordinator:
         self.scribe.exclude(self.book.lease_died(member))
         self.scribe.ended(member)
         self._employed.discard(member)
+        self.shards.pop(member, None)
         self.pace.forget(member)
         if not any(other.member.peer_id == member.peer_id for other in self.pool.live()):
             self.outbox.drop(member.peer_id)
@@ -215,7 +218,8 @@ class Coordinator:
     async def _keep_initial(self, server: Member, model_digest: str, momentum_digest: str) -> None:
         # The model last: it is what a resume looks for, and must not lie there alone.
         for part, digest in (("momentum", momentum_digest), ("model", model_digest)):
-            await self._committer.keep(Wanted(part=part, round=0, digest=digest), (server,))
+            wanted = Wanted(part=kind_of(part, self.shards.get(server, 0)), round=0, digest=digest)
+            await self._committer.keep(wanted, server)
 
     # --- driving --------------------------------------------------------------------------------------------------
 
@@ -322,11 +326,11 @@ class Coordinator:
         assert self._nursery is not None
         self.progress.merged(self.runtime.now())
         closing, self._span = self._span, start_span("outer_round", root=True, round=self.book.round)
-        self._nursery.start_soon(self._commit, outcome, tuple(sorted(self.book.servers)), closing)
+        self._nursery.start_soon(self._commit, outcome, closing)
 
-    async def _commit(self, outcome: Outcome, servers: tuple[Member, ...], traced: Span) -> None:
+    async def _commit(self, outcome: Outcome, traced: Span) -> None:
         with traced.current():
-            durable = await self._committer.commit(outcome, servers)
+            durable = await self._committer.commit(outcome)
         if durable:
             self._committed(outcome)
             traced.set(samples=outcome.samples, contributors=len(outcome.contributions))
@@ -356,6 +360,7 @@ class Coordinator:
             job_epoch=self.book.job_epoch,
             round=self.book.committed_round,
             digest=digest,
+            parts=parts if len(parts := self.book.servers.models()) > 1 else (),
             traceparent=self._span.traceparent,
         )
         for peer_id in self._peers():

@@ -29,7 +29,6 @@ from hypha.telemetry import get_logger, span
 
 log = get_logger("scheduler")
 
-PARAMETER_SERVERS = 1
 # After the start, workers that are missing are asked for again no more often than this.
 RETRY_MAX_S = 30.0
 # A parameter server that so many auctions in a row did not find may have been made a trainer.
@@ -51,7 +50,7 @@ class Crew:
         coordinator: Coordinator,
         table: SchedulerTable,
         standing: Standing,
-        spec: Callable[[str], JobSpec],
+        spec: Callable[[str, int], JobSpec],
     ) -> None:
         self._network = network
         self._runtime = runtime
@@ -95,7 +94,7 @@ class Crew:
     def _can_start(self) -> bool:
         live = self._pool.live()
         trainers = sum(worker.work == "train" for worker in live)
-        return trainers >= self._resources.fewest and len(live) - trainers >= PARAMETER_SERVERS
+        return trainers >= self._resources.fewest and len(live) - trainers >= self._resources.parameter_servers
 
     def _connected(self) -> frozenset[str]:
         return frozenset(peer.peer_id for peer in self._network.connected_peers() if "worker" in peer.roles)
@@ -118,7 +117,7 @@ class Crew:
     def _missing(self) -> list[Wanted]:
         """Return what to ask for: the difference between who is wanted and who is leased."""
         resources, live = self._resources, self._pool.live()
-        servers = PARAMETER_SERVERS - sum(worker.work == "aggregate" for worker in live)
+        servers = resources.parameter_servers - sum(worker.work == "aggregate" for worker in live)
         trainers = resources.workers - sum(worker.work == "train" for worker in live)
         asks = []
         if trainers > 0:
@@ -164,8 +163,15 @@ class Crew:
 
         async with trio.open_nursery() as nursery:
             for worker in allocation.workers:
+                if worker.work == "aggregate":
+                    self._job.shards[worker.member] = self._free_shard()
                 nursery.start_soon(employ, worker)
         return "; ".join(reasons)
+
+    def _free_shard(self) -> int:
+        """Return the first shard that no living lease is for."""
+        taken = {self._job.shards.get(worker.member) for worker in self._pool.live()}
+        return next((shard for shard in range(self._resources.parameter_servers) if shard not in taken), 0)
 
     # --- a trainer that could serve -------------------------------------------------------------------------------
 
@@ -174,7 +180,8 @@ class Crew:
 
         Who trains and could serve offers nothing; whoever has no executor that serves can only take over the training.
         """
-        serves = any(worker.work == "aggregate" for worker in self._pool.live())
+        servers = sum(worker.work == "aggregate" for worker in self._pool.live())
+        serves = servers >= self._resources.parameter_servers
         self._serverless = 0 if serves or not self._started else self._serverless + 1
         able = [w for w in self._training() if self._allocator.able(w.member.peer_id, "aggregate")]
         if self._serverless < SERVERLESS_MAX or not able:
@@ -232,6 +239,7 @@ class Crew:
             addresses=worker.addresses,
             resources=worker.held.resources,
             ttl_s=worker.held.ttl_s,
+            shard=self._job.shards.get(member, 0),
         )
         try:
             await self._job.scribe.note(held)
@@ -253,6 +261,7 @@ class Crew:
     async def adopt(self, leases: Sequence[LeaseHeld]) -> None:
         """Try every lease that the journal has, once and all at once; what answers goes on with the job."""
         self._job.trying.update(held.member for held in leases)
+        self._job.shards.update((held.member, held.shard) for held in leases if held.work == "aggregate")
         async with trio.open_nursery() as nursery:
             for held in leases:
                 nursery.start_soon(self._adopt, held)
@@ -293,10 +302,10 @@ class Crew:
         """Hand the job over; returns why not, or None."""
         if worker.work == "aggregate":
             # Its first state is the last commit's, and that must not be overtaken while it restores it.
-            while self._job.book.uncommitted is not None and not self._job.book.servers:
+            while self._job.book.uncommitted is not None:
                 await self._job.changed()
         try:
-            spec = await self._runtime.run_blocking(self._spec, worker.work)
+            spec = await self._runtime.run_blocking(self._spec, worker.work, self._job.shards.get(worker.member, 0))
         except StoreError as error:
             return f"nothing to start from: {error}"
         with span("dispatch", worker=worker.member.peer_id, work=worker.work):

@@ -47,6 +47,7 @@ class LeaseHeld(Struct, frozen=True, kw_only=True, tag=True):
     addresses: bytes
     resources: Resources
     ttl_s: float  # as last granted
+    shard: int = 0  # of a parameter server
 
 
 class LeaseEnded(Struct, frozen=True, kw_only=True, tag=True):

@@ -5,6 +5,7 @@ dataset found ─▶ store opened, job epoch begun ─▶ workers leased ─▶ 
 
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
+from hashlib import sha256
 
 import msgspec
 import trio
@@ -16,7 +17,6 @@ from hypha.network.retry import Backoff
 from hypha.network.seam import Network
 from hypha.pki import load_identity
 from hypha.protocol.job import DatasetRef, JobSpec
-from hypha.protocol.manifest import ChainState
 from hypha.protocol.messages import CancelJob, SliceRef
 from hypha.protocol.rounds import RoundBook, Terms
 from hypha.runtime import RealRuntime, Runtime
@@ -34,6 +34,7 @@ from hypha.scheduler.settings import settings_of
 from hypha.scheduler.standby import Presence, take_place
 from hypha.scheduler.standing import Standing
 from hypha.scheduler.store import Deposed, JobStore, Remembered, open_store
+from hypha.scheduler.whole import chain_state, whole_model
 from hypha.telemetry import get_logger, metrics
 
 log = get_logger("scheduler")
@@ -136,7 +137,7 @@ class Scheduler:
     async def _run_job(self, store: JobStore, dataset: Dataset) -> None:
         runtime, network = self._runtime, self._network
         remembered = await runtime.run_blocking(store.load)
-        chain = await runtime.run_blocking(_start, store)
+        chain = await runtime.run_blocking(chain_state, store)
         epoch = await runtime.run_blocking(self._begin_epoch, store)
         self._leading = (store, epoch)
         job_id = store.opened.job_id
@@ -165,6 +166,7 @@ class Scheduler:
             chain=chain,
             table=await runtime.run_blocking(store.table, remembered),
             now=runtime.now(),
+            sha256=sha256,
             excluded=remembered.excluded,
             awaited=(held.member for held in remembered.leases if held.work == "train"),
         )
@@ -190,6 +192,7 @@ class Scheduler:
             quorum=rounds.quorum,
             deadline_s=rounds.deadline_s,
             fewest=self._job.resources.min_workers or 0,
+            shards=self._job.resources.parameter_servers,
             ahead=self._job.streaming.overlap_steps > 0,
         )
 
@@ -240,8 +243,8 @@ class Scheduler:
             fences=store.fences,
         )
 
-        def spec(work: str) -> JobSpec:
-            return self._spec(job_id, work, dataset.ref, store)
+        def spec(work: str, shard: int) -> JobSpec:
+            return self._spec(job_id, work, dataset.ref, store, shard)
 
         return Crew(
             self._network,
@@ -254,7 +257,7 @@ class Scheduler:
             spec=spec,
         )
 
-    def _spec(self, job_id: str, work: str, dataset: DatasetRef, store: JobStore) -> JobSpec:
+    def _spec(self, job_id: str, work: str, dataset: DatasetRef, store: JobStore, shard: int = 0) -> JobSpec:
         job = self._job
         return JobSpec(
             job_id=job_id,
@@ -268,7 +271,9 @@ class Scheduler:
             compression=job.compression,
             streaming=job.streaming,
             rounds=job.rounds,
-            resume=store.resume_point() if work == "aggregate" else None,
+            resume=store.resume_point(shard) if work == "aggregate" else None,
+            shards=job.resources.parameter_servers,
+            shard=shard,
         )
 
     async def _lead(self, coordinator: Coordinator, crew: Crew, pool: Pool, remembered: Remembered) -> None:
@@ -321,7 +326,7 @@ class Scheduler:
         state = store.state
         assert state.model_digest is not None, "a job has at least one round"
         scratch = self._place.directory
-        model = await self._runtime.run_blocking(store.find, "model", state.round, state.model_digest, scratch)
+        model = await self._runtime.run_blocking(whole_model, store, scratch)
         spec = self._spec(store.opened.job_id, "train", dataset.ref, store)
         job_file = scratch / "job.json"
         await self._runtime.run_blocking(job_file.write_bytes, msgspec.json.encode(spec))
@@ -331,19 +336,11 @@ class Scheduler:
             rounds=state.round,
             samples=state.samples,
             wall_s=round(self._runtime.now() - self._started, 2),
-            model_file=str(model or ""),
-            model_digest=state.model_digest,
+            model_file=str(model.path or ""),
+            model_digest=model.digest,
             job_file=str(job_file),
             held_out=coordinator.progress.held_out.get(state.round),
         )
-
-
-def _start(store: JobStore) -> ChainState:
-    """Return where the chain ends; before its first round, with the initial model that was stored, if one was."""
-    state, resume = store.state, store.resume_point()
-    if state.round or resume is None:
-        return state
-    return msgspec.structs.replace(state, model_digest=resume.model_digest, momentum_digest=resume.momentum_digest)
 
 
 async def _cancellable(work: Callable[[], Awaitable[None]], *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:

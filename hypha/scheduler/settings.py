@@ -3,6 +3,7 @@
     name, manifest_digest          whose samples were used
     model                          which tensors there are
     outer_optimizer, compression   how records replay to the committed bits
+    parameter_servers              whose tensors each record and checkpoint has
     fragments                      which tensors the record of a round holds
 
 They stand in the journal's first record and in every job epoch's entry of the chain; whoever goes on with either under
@@ -27,7 +28,11 @@ REMEDY = (
     "or start over with --fresh, which sets aside what is there"
 )
 MANIFEST = "manifest_digest"
-KEYS = {MANIFEST: "dataset", "fragments": "streaming.fragments"}
+KEYS = {
+    MANIFEST: "dataset",
+    "parameter_servers": "resources.parameter_servers",
+    "fragments": "streaming.fragments",
+}
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -38,6 +43,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     model: ModelSpec
     outer_optimizer: OuterOptimizer = OuterOptimizer()
     compression: Compression = Compression()
+    parameter_servers: int = 1
     fragments: int = 1
 
     def canonical(self) -> str:
@@ -66,6 +72,7 @@ def settings_of(job: JobConfig, *, manifest_digest: str) -> Settings:
         model=job.model,
         outer_optimizer=job.outer_optimizer,
         compression=job.compression,
+        parameter_servers=job.resources.parameter_servers,
         fragments=job.streaming.fragments,
     )
 

@@ -4,6 +4,7 @@
 {checkpoint_url or state_dir}/{job}/chain/…    the commit points
                               …/record/…       merged pseudo-gradients, one per round
                               …/model, momentum/…   checkpoints
+                              …/record-1/… …    the same of the other shards, where several servers share the model
 
 Calls that touch the journal come one at a time (`scribe`), and so do those that touch the chain (`committer`); the two
 may overlap, and artifacts may be read beside both.
@@ -11,6 +12,7 @@ may overlap, and artifacts may be read beside both.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from msgspec import Struct
 
 from hypha.errors import ConfigError, RemoteProtocolError, StoreError
 from hypha.protocol import manifest
+from hypha.protocol.closing import whole_merged
 from hypha.protocol.job import ResumePoint
 from hypha.protocol.manifest import AnyEntry, ChainState, Found
 from hypha.protocol.messages import Contribution, Member, Merged, SliceRef
+from hypha.protocol.shards import kind_of
 from hypha.protocol.slices import Grant, SliceTable
 from hypha.protocol.tally import Exclude
 from hypha.scheduler.config import CheckpointConfig
@@ -59,11 +63,12 @@ class JobStore:
     ) -> None:
         self.opened = opened
         self.slices = tuple(slices)
+        self.shards = opened.settings.parameter_servers
         self.blobs = Blobs(objects)
         self._journal = journal
         self._links = Chain(objects)
         self._chain = manifest.Chain(opened.job_id, slices)
-        self._merged: dict[int, Merged] = {}
+        self._merged: dict[int, tuple[Merged, ...]] = {}  # by round, then by shard
         self._leases: dict[Member, LeaseHeld] = {}
         self._live: list[Record] = []
         self._fences: dict[str, int] = {}
@@ -98,7 +103,7 @@ class JobStore:
     def _take(self, digest: str, entry: AnyEntry) -> None:
         self._chain.append(digest, entry)
         if isinstance(entry, manifest.RoundCommitted):
-            self._merged[entry.merged.round] = entry.merged
+            self._merged[entry.merged.round] = entry.shards
             for each in entry.contributions:
                 self._saw(each.peer_id, each.fence)
         self.state = self._chain.state
@@ -182,10 +187,11 @@ class JobStore:
         self._append(entry)
 
     def round_entry(
-        self, merged: Merged, contributions: Sequence[Contribution], *, job_epoch: int, nonce: str
+        self, merged: Sequence[Merged], contributions: Sequence[Contribution], *, job_epoch: int, nonce: str
     ) -> manifest.RoundCommitted:
-        """Return the entry that would commit this outcome now."""
-        return self._chain.round_entry(merged, contributions, job_epoch=job_epoch, nonce=nonce)
+        """Return the entry that would commit this outcome, `merged` by shard, now."""
+        whole, parts = whole_merged(merged, sha256), merged if len(merged) > 1 else ()
+        return self._chain.round_entry(whole, contributions, job_epoch=job_epoch, nonce=nonce, parts=parts)
 
     def _append(self, entry: AnyEntry) -> None:
         payload = manifest.to_bytes(entry)
@@ -202,17 +208,18 @@ class JobStore:
 
     # --- artifacts ------------------------------------------------------------------------------------------------
 
-    def resume_point(self) -> ResumePoint | None:
-        """Return the newest sound checkpoint and the records from there to the last commit; None before there is one.
+    def resume_point(self, shard: int = 0) -> ResumePoint | None:
+        """Return a shard's newest sound checkpoint and its records from there to the last commit; None before one.
 
         Each file is read whole and checked: a damaged checkpoint is said, and the one before it used. Raises StoreError
         where none leads to the last committed round.
         """
         state, faults = self.state, []
-        for model, momentum in self._checkpoints(state.round):
-            records = state.records[model.round :]
+        for model, momentum in self._checkpoints(state.round, shard):
+            later = range(model.round + 1, state.round + 1)
+            records = tuple(self._merged[made_in][shard].record_digest for made_in in later)
             try:
-                self._verify(model, momentum, records)
+                self._verify(model, momentum, records, shard)
             except StoreError as error:
                 faults.append(f"round {model.round}: {error}")
                 continue
@@ -226,12 +233,13 @@ class JobStore:
             raise StoreError(f"no checkpoint leads to the committed round {state.round}: {why}")
         return None
 
-    def _checkpoints(self, committed: int) -> list[tuple[Artifact, Artifact]]:
+    def _checkpoints(self, committed: int, shard: int) -> list[tuple[Artifact, Artifact]]:
         """Model and momentum of committed rounds, newest first. Rounds that were lost may have left others."""
-        momenta = {(a.round, a.digest): a for a in self.blobs.artifacts("momentum")}
+        momenta = {(a.round, a.digest): a for a in self.blobs.artifacts(kind_of("momentum", shard))}
         found = []
-        for model in self.blobs.artifacts("model"):
-            merged = self._merged.get(model.round)
+        for model in self.blobs.artifacts(kind_of("model", shard)):
+            made = self._merged.get(model.round)
+            merged = made[shard] if made is not None else None
             if model.round == 0:
                 momentum = next((a for (round_made, _), a in sorted(momenta.items()) if round_made == 0), None)
             elif merged is None or merged.model_digest != model.digest or model.round > committed:
@@ -242,11 +250,11 @@ class JobStore:
                 found.append((model, momentum))
         return sorted(found, reverse=True)
 
-    def _verify(self, model: Artifact, momentum: Artifact, records: Sequence[str]) -> None:
+    def _verify(self, model: Artifact, momentum: Artifact, records: Sequence[str], shard: int) -> None:
         self.blobs.verify(model)
         self.blobs.verify(momentum)
         for number, digest in enumerate(records, start=model.round + 1):
-            self.blobs.verify(Artifact(kind="record", round=number, digest=digest))
+            self.blobs.verify(Artifact(kind=kind_of("record", shard), round=number, digest=digest))
 
     def put(self, kind: str, round_made: int, digest: str, source: Path) -> None:
         """Store a copy of a file under its digest."""
@@ -268,7 +276,8 @@ class JobStore:
 
     def prune(self, checkpoint: CheckpointConfig) -> int:
         """Remove what no resume needs; returns how many artifacts went."""
-        return len(self.blobs.prune(Retention(keep_last=checkpoint.keep, keep_every=checkpoint.keep_every)))
+        retention = Retention(keep_last=checkpoint.keep, keep_every=checkpoint.keep_every)
+        return sum(len(self.blobs.prune(retention, shard)) for shard in range(self.shards))
 
 
 def _round_of(record: Record) -> int:

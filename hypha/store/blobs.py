@@ -1,6 +1,7 @@
 """Large artifacts of a job under their own digest: records, models, momentum.
 
     <kind>/<round>-<blake3>      made whole, never overwritten, verified when read
+    <kind>-1/… <kind>-2/…        the other shards', where several parameter servers share the model
 
 Retention keeps what a resume can need: every M-th and the last K checkpoints, and each record after the oldest of the
 last K (replaying records forward from a model gives the newer ones, rounds.md).
@@ -14,6 +15,7 @@ from blake3 import blake3
 from msgspec import Meta, Struct
 
 from hypha.errors import StoreError
+from hypha.protocol.shards import kind_of
 from hypha.store.disk import AlreadyExists
 from hypha.store.objects import CHUNK_BYTES, ObjectStore, digest_of
 
@@ -99,20 +101,21 @@ class Blobs:
         """Return all of one kind, by round. Raises StoreError on a name that is none."""
         return [_parse(kind, name) for name in self._objects.names(kind)]
 
-    def prune(self, retention: Retention) -> list[Artifact]:
-        """Remove what no resume needs any more, and return that."""
-        checkpoints = [artifact for kind in CHECKPOINT_KINDS for artifact in self.artifacts(kind)]
+    def prune(self, retention: Retention, shard: int = 0) -> list[Artifact]:
+        """Remove what no resume of this shard needs any more, and return that."""
+        needed = {kind_of(kind, shard) for kind in CHECKPOINT_KINDS}
+        checkpoints = [artifact for kind in sorted(needed) for artifact in self.artifacts(kind)]
         kinds_of: dict[int, set[str]] = {}
         for artifact in checkpoints:
             kinds_of.setdefault(artifact.round, set()).add(artifact.kind)
         # A crash may have left a model without its momentum: nothing can start from that alone.
-        whole = sorted(round_ for round_, kinds in kinds_of.items() if kinds.issuperset(CHECKPOINT_KINDS))
+        whole = sorted(round_ for round_, kinds in kinds_of.items() if kinds.issuperset(needed))
         if not whole:
             return []
         kept = retention.kept(whole)
         oldest = whole[-retention.keep_last :][0]
         doomed = [a for a in checkpoints if a.round not in kept and a.round < whole[-1]]
-        doomed += [a for a in self.artifacts(RECORD_KIND) if a.round <= oldest]
+        doomed += [a for a in self.artifacts(kind_of(RECORD_KIND, shard)) if a.round <= oldest]
         for artifact in doomed:
             self._objects.remove(artifact.name)
         return doomed

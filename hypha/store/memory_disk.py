@@ -242,7 +242,12 @@ class MemoryDisk:
         fault = self._struck()
         if fault not in (None, Fault.CRASH_AFTER):
             raise _failure(fault, path)
-        yield
+        try:
+            yield
+        except StoreError as error:
+            if fault is None:
+                raise
+            raise _failure(fault, path) from error
         if fault is not None:
             raise _failure(fault, path)
 

@@ -7,16 +7,17 @@
 
 Two states exist at most: the committed one, and the outcome of the newest close of the round after it. Files of a round
 stay until the next one is committed, because late workers may still ask for them. Evaluation has a thread of its own.
+Where several servers share the model, each does all this with its own tensors; the first evaluates the whole.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from hypha.errors import JobFailed, RemoteProtocolError
+from hypha.errors import JobFailed, LocalProtocolError, RemoteProtocolError
 from hypha.protocol.bridge import (
     Event,
     FetchResume,
@@ -34,10 +35,12 @@ from hypha.protocol.bridge import (
 )
 from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import JobSpec
+from hypha.protocol.shards import split
 from hypha.telemetry import get_logger, span_from
 from hypha.training import coded, executor, models, outer, tensors
 from hypha.training.evaluate import Evaluator
 from hypha.training.session import Session
+from hypha.training.shapes import shapes_of
 from hypha.training.sources import fetch_source
 
 log = get_logger("training.aggregate")
@@ -58,13 +61,22 @@ class State:
 class Aggregator:
     """The committed state, the outcome of the round after it, and every file that belongs to a round."""
 
-    def __init__(self, session: Session, job: JobSpec, work_dir: Path, state: State, evaluator: Evaluator) -> None:
+    def __init__(
+        self,
+        session: Session,
+        job: JobSpec,
+        work_dir: Path,
+        state: State,
+        evaluator: Evaluator,
+        fragments: Fragments | None = None,
+    ) -> None:
+        """`fragments` are the whole model's; None: all of it is here."""
         self.session, self.job, self.work_dir = session, job, work_dir
         self.evaluator = evaluator
         self.state = state
         self.outcome: MergeDone | None = None
         self.shapes = tensors.layout_of(work_dir / state.model.path).shapes()
-        self.fragments = Fragments(self.shapes, job.streaming)
+        self.fragments = fragments or Fragments(self.shapes, job.streaming)
         self.files: dict[int, set[str]] = {state.round: {state.model.path, state.momentum.path}}
         self.over = False
 
@@ -180,14 +192,32 @@ class Aggregator:
 
 
 def initial_state(session: Session, job: JobSpec, work_dir: Path) -> State:
-    """Model and momentum to begin with: the job's initial weights, or committed state with its records replayed."""
+    """Its shard of model and momentum to begin with: initial weights, or committed state with its records replayed."""
     if job.resume is not None:
         return resumed_state(session, job, work_dir)
     model = models.build(job.model, source=fetch_source(session, job))
-    parameters = models.parameters_of(model)
+    parameters = share_of(job, models.parameters_of(model))
     theta = tensors.save(work_dir / "model-0-0.safetensors", parameters)
     momentum = outer.zeros(work_dir / "momentum-0-0.safetensors", tensors.shapes_of(parameters))
     return State(0, theta.ref(work_dir), momentum.ref(work_dir))
+
+
+def share_of(job: JobSpec, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of this server's shard. Raises JobFailed: there are fewer tensors than servers."""
+    sizes = {name: tensor.numel() * torch.float32.itemsize for name, tensor in parameters.items()}
+    try:
+        names = split(sizes, job.shards, Fragments(sizes, job.streaming).parts)[job.shard]
+    except LocalProtocolError as error:
+        raise JobFailed(str(error)) from error
+    return {name: parameters[name] for name in names}
+
+
+def fragments_of(session: Session, job: JobSpec, work_dir: Path, state: State) -> Fragments:
+    """Return the whole model's fragments, also where one shard of it is here."""
+    mine = tensors.layout_of(work_dir / state.model.path).tensors
+    if job.shards == 1 or job.streaming.fragments == 1:
+        return Fragments(mine, job.streaming)
+    return Fragments(shapes_of(job.model, fetch_source(session, job)), job.streaming)
 
 
 def resumed_state(session: Session, job: JobSpec, work_dir: Path) -> State:
@@ -196,7 +226,7 @@ def resumed_state(session: Session, job: JobSpec, work_dir: Path) -> State:
     if not isinstance(fetched, ResumeFetched):
         raise RemoteProtocolError(f"worker answered FetchResume with {type(fetched).__name__}")
     state = State(fetched.round, fetched.model, fetched.momentum)
-    fragments = Fragments(tensors.layout_of(work_dir / state.model.path).tensors, job.streaming)
+    fragments = fragments_of(session, job, work_dir, state)
     for record in fetched.records:
         number = state.round + 1
         outs = {part: work_dir / f"{part}-{number}-replayed.safetensors" for part in outer.PARTS}
@@ -227,7 +257,8 @@ def work(session: Session, job: JobSpec, work_dir: Path) -> None:
         return models.build(job.model, source=fetch_source(session, job))
 
     with Evaluator(session, job, work_dir, build) as evaluator:
-        Aggregator(session, job, work_dir, state, evaluator).run()
+        fragments = fragments_of(session, job, work_dir, state)
+        Aggregator(session, job, work_dir, state, evaluator, fragments).run()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ With codec `none` these are the files of hypha.training.tensors, to the last bit
 must be the one that follows from codec and shapes before anything is read, and every decoded piece is checked.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,18 +16,24 @@ from hypha.protocol.compression import CHUNK_ELEMENTS, Coding
 from hypha.training import codecs, tensors
 from hypha.training.tensors import PIECE_ELEMENTS, FileWriter, Piece, Reader, Shapes, pieces_of
 
+# Randomness by tensor: a tensor is coded the same whichever others share its file.
+Generators = Callable[[str], torch.Generator]
+
 assert PIECE_ELEMENTS % CHUNK_ELEMENTS == 0, "a piece is whole rows, except a tensor's last"
 
 
 class CodedWriter(FileWriter):
     """Writes one coded file, pieces in file order."""
 
-    def __init__(self, path: Path, shapes: Shapes, coding: Coding, generator: torch.Generator | None = None) -> None:
+    def __init__(self, path: Path, shapes: Shapes, coding: Coding, generators: Generators | None = None) -> None:
         super().__init__(path, (coding.spec(name, tuple(shape)) for name, shape in shapes.items()))
-        self._coding, self._generator = coding, generator
+        self._coding, self._generators = coding, generators
+        self._generator: torch.Generator | None = None
 
     def append(self, piece: Piece, elements: torch.Tensor) -> torch.Tensor:
         """Write the next piece, and return what readers will find. Raises RemoteProtocolError: it cannot be coded."""
+        if self._generators is not None and piece.start == 0:
+            self._generator = self._generators(piece.name)
         try:
             data = codecs.encode(elements, self._coding, self._generator)
         except RemoteProtocolError as error:

@@ -1,6 +1,7 @@
 """Held-out loss of each model, in a thread of its own, so that no Screen or Merge ever waits for it.
 
     submit(round, model file) ─▶ newest pending ─▶ load ─▶ held-out rows ─▶ EvaluationDone(round, digest, loss)
+                                   └─ where servers share the model: the first fetches the others' files, too
 
 Only the newest waiting model is evaluated when several come at once. Loss is in nats per predicted token (or label):
 the mean over predictions, not over batches. Every evaluation sees the same rows.
@@ -18,14 +19,14 @@ import torch
 from msgspec import Struct
 
 from hypha.errors import HyphaError, JobFailed
-from hypha.protocol.bridge import EvaluationDone, FetchHeldOut, FileRef, HeldOutFetched
+from hypha.protocol.bridge import EvaluationDone, FetchHeldOut, FetchOthers, FileRef, HeldOutFetched, OthersFetched
 from hypha.protocol.job import JobSpec
 from hypha.telemetry import get_logger, span_from
 from hypha.training import models, tensors
 from hypha.training.batches import Batch, Rows
 from hypha.training.inner import loss_of, predicted
 from hypha.training.preprocess import Preprocessor
-from hypha.training.session import Session
+from hypha.training.session import BridgeRefused, Session
 from hypha.training.sources import fetch_preprocessor
 
 log = get_logger("training.evaluate")
@@ -60,7 +61,7 @@ class Evaluator:
 
     def __enter__(self) -> "Evaluator":
         """Start the thread, if there is anything to evaluate on."""
-        if self._job.dataset.held_out and self._job.rounds.evaluate_every:
+        if self._job.dataset.held_out and self._job.rounds.evaluate_every and self._job.shard == 0:
             self._thread.start()
         return self
 
@@ -114,9 +115,27 @@ class Evaluator:
             raise JobFailed(f"worker answered FetchHeldOut with {type(fetched).__name__}")
         return [Rows(self._work_dir / path, self._job.dataset.schema) for path in fetched.paths]
 
+    def _others(self, pending: Pending) -> list[Path]:
+        """The rest of the model, where other servers have it. Raises BridgeRefused: it is gone."""
+        if self._job.shards == 1:
+            return []
+        request = FetchOthers(round=pending.round, digest=pending.digest)
+        fetched = self._session.fetch_patiently(request, leave=lambda: self._closed)
+        if not isinstance(fetched, OthersFetched):
+            raise JobFailed(f"worker answered FetchOthers with {type(fetched).__name__}")
+        return [self._work_dir / file.path for file in fetched.files]
+
     def _evaluate(self, pending: Pending, model: torch.nn.Module, preprocess: Preprocessor, slices: list[Rows]) -> None:
-        tensors.load_into(pending.path, models.parameters_of(model))
-        pending.path.unlink(missing_ok=True)
+        paths = [pending.path]
+        try:
+            paths += self._others(pending)
+            tensors.load_parts(paths, models.parameters_of(model))
+        except BridgeRefused as refusal:
+            log.info("Not evaluated", round=pending.round, reason=str(refusal))
+            return
+        finally:
+            for path in paths:
+                path.unlink(missing_ok=True)
         total, count, samples = 0.0, 0, 0
         with span_from(pending.traceparent, "evaluate", round=pending.round), torch.inference_mode():
             for rows in spread(slices, SAMPLES_MAX):

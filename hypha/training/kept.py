@@ -6,13 +6,9 @@
 A debt is what coding an update lost (hypha.training.outer). It is its fragment's, and waits for that one's next turn.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import msgspec
-import torch
 
 from hypha.protocol.bridge import FileRef, SendUpdate
 from hypha.protocol.messages import Interval
@@ -23,7 +19,7 @@ from hypha.training.inner import Inner
 class Kept:
     """One uncommitted round as this executor has it."""
 
-    base: Path
+    base: tuple[Path, ...]  # by shard
     digest: str
     inner: Inner  # at the round's beginning
     update: SendUpdate | None = None
@@ -36,15 +32,16 @@ class Kept:
     refusals: int = 0
     fragment: int = 0  # what it synchronises
     local: Path | None = None  # own parameters at the beginning, the base not yet mixed in; None: they were the base
-    owed: Mapping[int, Path] = field(default_factory=dict)  # what codings before this round lost, by fragment
-    lost: Path | None = None  # what will be owed once this round's update was accepted
+    # What codings before this round lost, by fragment and shard.
+    owed: Mapping[int, tuple[Path, ...]] = field(default_factory=dict)
+    lost: tuple[Path, ...] = ()  # what will be owed once this round's update was accepted
 
-    def sent(self, round_: int, file: FileRef, used: Sequence[Interval], loss: float) -> SendUpdate:
+    def sent(self, round_: int, files: tuple[FileRef, ...], used: Sequence[Interval], loss: float) -> SendUpdate:
         """Describe the update that training on `used` gave."""
         return SendUpdate(
             round=round_,
             base_digest=self.digest,
-            file=file,
+            files=files,
             samples=sum(interval.samples for interval in used),
             intervals=tuple(sorted(used)),
             loss=loss,
@@ -63,32 +60,30 @@ class Book(dict[int, Kept]):
         """Keep a round, in place of what was kept under that number."""
         old = self.get(round_)
         self[round_] = kept
-        if old is not None and old.base != kept.base:
-            old.base.unlink(missing_ok=True)
+        if old is not None:
+            remove(set(old.base) - set(kept.base))
 
-    def owed(self, round_: int) -> Mapping[int, Path]:
+    def owed(self, round_: int) -> Mapping[int, tuple[Path, ...]]:
         """What a round that begins now has to make good: what the last accepted update of each fragment lost."""
         before = max((number for number in self if number < round_), default=None)
         if before is None:
             return self[round_].owed if round_ in self else {}
         kept = self[before]
-        return {**kept.owed, kept.fragment: kept.lost} if kept.contributed and kept.lost is not None else kept.owed
+        return {**kept.owed, kept.fragment: kept.lost} if kept.contributed and kept.lost else kept.owed
 
     def forget(self, round_: int, *, here: int) -> None:
         """Drop what was kept to undo rounds up to `round_`, but not where the model stands."""
         for number in [one for one in self if one <= round_ and one != here]:
             kept = self.pop(number)
-            update = None if kept.update is None else self.work_dir / kept.update.file.path
-            for path in (kept.base, kept.inner.path, kept.local, update):
-                if path is not None:
-                    path.unlink(missing_ok=True)
-        needed = {path for kept in self.values() for path in (*kept.owed.values(), kept.lost)}
-        for path in self.debts - needed:
-            path.unlink(missing_ok=True)
-            self.debts.discard(path)
+            update = () if kept.update is None else kept.update.files
+            own = [path for path in (kept.inner.path, kept.local) if path is not None]
+            remove([*kept.base, *own, *(self.work_dir / file.path for file in update)])
+        needed = {path for kept in self.values() for each in (*kept.owed.values(), kept.lost) for path in each}
+        remove(self.debts - needed)
+        self.debts &= needed
 
 
-def generator_of(base_digest: str, used: Sequence[Interval]) -> torch.Generator:
-    """Randomness of a worker's own, yet the same again: no two workers take the same samples on the same base."""
-    seed = hashlib.sha256(msgspec.json.encode((base_digest, sorted(used)))).digest()
-    return torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files that nobody needs any more, if they are there."""
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ Only a synchronised fragment comes from the base; the others stay as the inner s
 is a file of its own, and mixing in the base's newest fragment.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +15,12 @@ import torch
 from hypha.training.tensors import Reader
 
 
-def mix(parameters: Mapping[str, torch.Tensor], base: Path, *, fragment: Collection[str], weight: float) -> None:
-    """Draw a fragment's parameters towards the base's: all the way with weight 1, to the last bit."""
-    file = Reader(base)
+def mix(
+    parameters: Mapping[str, torch.Tensor], base: Sequence[Path], *, fragment: Collection[str], weight: float
+) -> None:
+    """Draw a fragment's parameters towards the base's, by shard: all the way with weight 1, to the last bit."""
     with torch.no_grad():
-        for name in sorted(fragment):
+        for name, file in ((name, part) for part in map(Reader, base) for name in part.names if name in fragment):
             theirs = file.read(name).to(parameters[name].device, parameters[name].dtype)
             if weight == 1.0:
                 parameters[name].copy_(theirs)

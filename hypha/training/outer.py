@@ -28,7 +28,7 @@ from msgspec import Struct
 from hypha.errors import RemoteProtocolError
 from hypha.protocol.compression import PLAIN, Coding
 from hypha.protocol.job import OuterOptimizer
-from hypha.training.coded import CodedReader, CodedWriter
+from hypha.training.coded import CodedReader, CodedWriter, Generators
 from hypha.training.tensors import Piece, Reader, Shapes, Writer, Written, is_finite, mismatch, pieces_of
 
 PARTS = ("model", "momentum", "record", "update")
@@ -86,7 +86,7 @@ def pseudo_gradient(
     parameters: Mapping[str, torch.Tensor],
     *,
     coding: Coding = PLAIN,
-    generator: torch.Generator | None = None,
+    generators: Generators | None = None,
     owed: Path | None = None,
     lost: Path | None = None,
     fragment: Collection[str] | None = None,
@@ -99,7 +99,7 @@ def pseudo_gradient(
     start, debt = Reader(base), None if owed is None else Reader(owed)
     shapes = _moved(start.layout.shapes(), fragment)
     with ExitStack() as stack:
-        file = stack.enter_context(CodedWriter(out, shapes, coding, generator))
+        file = stack.enter_context(CodedWriter(out, shapes, coding, generators))
         rest = None if lost is None else stack.enter_context(Writer(lost, shapes))
         for piece in pieces_of(shapes):
             delta = start.part(piece) - piece.of(parameters[piece.name])

@@ -157,7 +157,7 @@ class Overlapping(Trainer):
         following, self.following, kept = self.following, None, self.kept[self.here]
         assert following is not None, "a round was begun"
         assert following.local is not None, "from own parameters"
-        tensors.load_into(following.local, self.parameters)
+        tensors.load_parts((following.local,), self.parameters)
         self.inner.restore(following.inner)
         kept.ahead = kept.early = False
         if self._unusable:
@@ -198,17 +198,17 @@ class Overlapping(Trainer):
 
     def _join(self, arrived: UpdateArrived) -> bool:
         """Stand on the base that the outer update leads to, in the middle of the round; False: it leads nowhere."""
-        written, following = self._moved(arrived), self.following
-        if written is None or following is None:
+        base, following = self._moved(arrived), self.following
+        if not base or following is None:
             self._unusable = True
             return False
         self.following, round_ = None, arrived.round + 1
         kept = self.kept[self.here]
         kept.ahead = kept.early = False
-        following.base, following.digest, following.owed = written.path, written.digest, self.kept.owed(round_)
+        following.base, following.digest, following.owed = base, arrived.model_digest, self.kept.owed(round_)
         self.kept.put(round_, following)
         self.kept.forget(arrived.round - 1, here=self.here)
-        self._mix(written.path, arrived.round)
+        self._mix(base, arrived.round)
         self.here = round_
         self.outlook.settle()
         self._ready()

@@ -17,10 +17,13 @@ from hypha.protocol.job import ModelSpec
 from hypha.training import models
 
 
-def shapes_of(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter. Raises ConfigError where they cannot be told."""
+def shapes_of(spec: ModelSpec, source: Path | None = None) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter; `source` is the directory of its repository, where that is here.
+
+    Raises ConfigError where they cannot be told.
+    """
     with torch.device("meta"):
-        source = None if spec.path is None else Path(spec.path)
+        source = source if source is not None or spec.path is None else Path(spec.path)
         model = models.build(spec) if source is None else models.from_configuration(spec, source)
     return {name: tuple(tensor.shape) for name, tensor in models.parameters_of(model).items()}
 

@@ -15,7 +15,7 @@ import math
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -243,6 +243,20 @@ def load_into(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name in file.names:
             tensors[name].copy_(file.read(name))
+
+
+def load_parts(paths: Sequence[Path], tensors: Mapping[str, torch.Tensor]) -> None:
+    """`load_into` from several files that together have every tensor once: a model that parameter servers share."""
+    holders: dict[str, Path] = {}
+    for path in paths:
+        for name in layout_of(path).tensors:
+            if name in holders:
+                raise RemoteProtocolError(f"{path.name}: tensor {name!r} is in {holders[name].name}, too")
+            holders[name] = path
+    if missing := sorted(tensors.keys() - holders.keys()):
+        raise RemoteProtocolError(f"tensor {missing[0]!r} is missing ({len(missing)} in all)")
+    for path in paths:
+        load_into(path, {name: tensor for name, tensor in tensors.items() if holders[name] == path})
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

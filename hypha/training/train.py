@@ -6,9 +6,9 @@
                               └── UpdateArrived: θ ← θ_base − U ◀── wait
 
 What to do next is decided by hypha.training.standing. For every round not yet committed the executor keeps the base (a
-file), its inner state from the round's beginning, and its update: so it can go back and send that again
-(hypha.training.kept). Where a round synchronises a fragment only, its own parameters from the round's beginning are
-kept, too (hypha.training.local).
+files, one for each shard), its inner state from the round's beginning, and its update: so it can go back and send that
+again (hypha.training.kept). Where a round synchronises a fragment only, its own parameters from the round's beginning
+are kept, too (hypha.training.local).
 """
 
 import sys
@@ -44,10 +44,10 @@ from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import JobSpec
 from hypha.protocol.messages import Interval
 from hypha.telemetry import get_logger, inject, span_from
-from hypha.training import executor, local, models, outer, standing, tensors
+from hypha.training import executor, local, models, shares, standing, tensors
 from hypha.training.batches import Feed, rows_of
 from hypha.training.inner import InnerLoop
-from hypha.training.kept import Book, Kept, generator_of
+from hypha.training.kept import Book, Kept, remove
 from hypha.training.session import BridgeRefused, Session
 from hypha.training.sources import fetch_preprocessor, fetch_source
 
@@ -114,48 +114,49 @@ class Trainer:
             raise RemoteProtocolError(f"worker answered FetchBase with {type(fetched).__name__}")
         self._listen()
         self.outlook.forget_updates_from(fetched.round)
-        base = self.work_dir / fetched.file.path
-        tensors.load_into(base, self.parameters)
-        self._stand(fetched.round, base, fetched.file.digest)
+        base = tuple(self.work_dir / file.path for file in fetched.files)
+        tensors.load_parts(base, self.parameters)
+        self._stand(fetched.round, base, fetched.digest)
 
     def apply(self, arrived: UpdateArrived) -> None:
-        """Stand on θ_base − U, if that is what the parameter server says it is; else on what it holds."""
-        written = self._moved(arrived)
-        if written is None:
+        """Stand on θ_base − U, if that is what the parameter servers say it is; else on what they hold."""
+        moved = self._moved(arrived)
+        if not moved:
             return self.fetch_base()
         kept, after, own = self.kept[arrived.round], self.kept.get(arrived.round + 1), None
         if self.job.streaming.plain:
             # A close of an earlier round is applied to the state that followed that round's inner steps.
             if after is not None:
                 self.inner.restore(after.inner)
-            tensors.load_into(written.path, self.parameters)
+            tensors.load_parts(moved, self.parameters)
         else:
             # What was trained and not contributed is void: its samples are others' now.
             if arrived.round != self.here or not kept.contributed:
                 self._rewind(arrived.round)
             own = tensors.save(self.work_dir / f"local-{arrived.round + 1}.safetensors", self.parameters).path
-            self._mix(written.path, arrived.round)
+            self._mix(moved, arrived.round)
         self.kept.forget(arrived.round - 1, here=self.here)
-        return self._stand(arrived.round + 1, written.path, written.digest, own)
+        return self._stand(arrived.round + 1, moved, arrived.model_digest, own)
 
-    def _moved(self, arrived: UpdateArrived) -> tensors.Written | None:
-        """Write the base that an outer update leads to; None where it does not lead to the parameter server's."""
-        base, update = self.kept[arrived.round].base, self.work_dir / arrived.file.path
-        result = self.work_dir / f"model-{arrived.round}-{arrived.close}-{arrived.model_digest[:8]}.safetensors"
+    def _moved(self, arrived: UpdateArrived) -> tuple[Path, ...]:
+        """Write the base that an outer update leads to, by shard; nothing where that is not the parameter servers'."""
+        bases, updates = self.kept[arrived.round].base, [self.work_dir / file.path for file in arrived.files]
+        name = f"model-{arrived.round}-{arrived.close}"
+        results = tuple(self.work_dir / f"{name}-{part[:8]}.safetensors" for part in arrived.parts)
         with span_from(arrived.traceparent, "outer_update", round=arrived.round, close=arrived.close) as span:
             del self.outlook.updates[arrived.round]
             try:
                 coding, fragment = self.job.compression.downward, self.fragments.of(arrived.round)
-                written = outer.subtract(result, base, update, coding=coding, fragment=fragment)
-                update.unlink(missing_ok=True)
+                written = shares.subtract(results, bases, updates, coding=coding, fragment=fragment)
+                remove(updates)
             except RemoteProtocolError as error:
                 span.fail(error)
                 log.warn("Outer update is unusable, fetching the model", round=arrived.round, reason=str(error))
-                return None
-            if written.digest != arrived.model_digest:
+                return ()
+            if tuple(each.digest for each in written) != arrived.parts:
                 log.warn("Outer update leads elsewhere, fetching the model", round=arrived.round)
-                return None
-            return written
+                return ()
+            return results
 
     def go_back(self, round_: int) -> None:
         """Stand on a kept base again: its round is open again, and what came after it is void."""
@@ -177,23 +178,23 @@ class Trainer:
         kept, after = self.kept[round_], self.kept.get(round_ + 1)
         if after is None or (after.local is None and not self.job.streaming.plain):
             return self._restart(round_)
-        tensors.load_into(after.local or kept.base, self.parameters)
+        tensors.load_parts(kept.base if after.local is None else (after.local,), self.parameters)
         return self.inner.restore(after.inner)
 
     def _restart(self, round_: int) -> None:
         """Be as the round began."""
         kept = self.kept[round_]
-        tensors.load_into(kept.local or kept.base, self.parameters)
+        tensors.load_parts(kept.base if kept.local is None else (kept.local,), self.parameters)
         self.inner.restore(kept.inner)
         if kept.local is not None:
             self._mix(kept.base, round_ - 1)
 
-    def _mix(self, base: Path, round_: int) -> None:
+    def _mix(self, base: tuple[Path, ...], round_: int) -> None:
         """Take over what a round synchronised, as far as the job wants."""
         fragment = self.fragments.of(round_)
         local.mix(self.parameters, base, fragment=fragment, weight=self.job.streaming.mixing)
 
-    def _stand(self, round_: int, base: Path, digest: str, own: Path | None = None) -> None:
+    def _stand(self, round_: int, base: tuple[Path, ...], digest: str, own: Path | None = None) -> None:
         """Begin a round with the parameters as they are."""
         inner = self.inner.save(self.work_dir / f"inner-{round_}.safetensors")
         fragment = self.job.streaming.turn(round_)
@@ -269,23 +270,23 @@ class Trainer:
             self.batch_size = min(wanted, self.job.rounds.max_batch_size)
             self.recent_s.clear()
 
-    def _coded(self, kept: Kept, used: Sequence[Interval]) -> FileRef:
-        """Write what the parameters have become since the base, as the job codes it."""
+    def _coded(self, kept: Kept, used: Sequence[Interval]) -> tuple[FileRef, ...]:
+        """Write what the parameters have become since the base, as the job codes it, shard by shard."""
         coding = self.job.compression.upward
         if coding.feedback:
-            kept.lost = self.work_dir / f"lost-{self.here}.safetensors"
-            self.kept.debts.add(kept.lost)
-        delta = outer.pseudo_gradient(
-            self.work_dir / f"update-{self.here}.safetensors",
+            kept.lost = tuple(self.work_dir / f"lost-{self.here}-{n}.safetensors" for n in range(len(kept.base)))
+            self.kept.debts.update(kept.lost)
+        return shares.pseudo_gradients(
             kept.base,
             self.parameters,
+            round_=self.here,
+            used=used,
             coding=coding,
-            generator=generator_of(kept.digest, used),
-            owed=kept.owed.get(kept.fragment),
+            owed=kept.owed.get(kept.fragment, ()),
             lost=kept.lost,
             fragment=self.fragments.of(self.here),
+            work_dir=self.work_dir,
         )
-        return delta.ref(self.work_dir)
 
     def send(self, kept: Kept, update: SendUpdate) -> None:
         """Deliver an update, and take the answer to heart. Raises BridgeRefused."""

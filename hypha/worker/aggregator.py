@@ -9,6 +9,7 @@ anyone in the job ── FetchModel ──▶ model, momentum, record, update by
 from pathlib import Path
 
 import trio
+from msgspec.structs import replace
 
 from hypha.errors import Refused, RemoteProtocolError, StoreError
 from hypha.network.artifacts import serve_artifact
@@ -33,12 +34,14 @@ from hypha.protocol.messages import (
     RoundView,
     UpdateRefused,
 )
+from hypha.protocol.shards import part_of
 from hypha.protocol.tensorfile import DIGEST_ALGORITHM
 from hypha.protocol.views import Verdict, refusal
 from hypha.telemetry import extracted, get_logger, inject, span
 from hypha.worker.broadcast import Broadcast
 from hypha.worker.resume import fetch_resume
 from hypha.worker.session import JobContext, Session
+from hypha.worker.shares import fetch_others, misfit
 
 log = get_logger("worker.aggregator")
 
@@ -54,7 +57,7 @@ class AggregateSession(Session):
         super().__init__(context)
         self._collector: Collector | None = None
         self._pending_view: tuple[RoundView, str] | None = None
-        self._spooled: dict[tuple[str, int, str], Path] = {}
+        self._spooled: dict[tuple[str, int, str], bridge.FileRef] = {}  # this shard's part, by the whole's digest
         self._awaited: set[int] = set()  # tickets that the executor has been asked to screen
         self._screenings: dict[int, str | None] = {}  # refusals by ticket, once the executor has judged
         self._plans: dict[tuple[int, int], str] = {}  # base digest by (round, close) of the merges under way
@@ -111,14 +114,15 @@ class AggregateSession(Session):
         for digest in [d for d, (held_round, _) in self._artifacts.items() if held_round < message.round]:
             del self._artifacts[digest]
         self._plans = {key: base for key, base in self._plans.items() if key[0] > message.round}
-        super().committed(message, peer_id)
+        mine = part_of(message.digest, message.parts, self._collector.shard) or message.digest
+        super().committed(replace(message, digest=mine), peer_id)
         self._tell_ready()
 
     def _forget(self, contributions: tuple[Contribution, ...]) -> None:
         for gone in contributions:
-            path = self._spooled.pop((gone.peer_id, gone.fence, gone.digest), None)
-            if path is not None:
-                path.unlink(missing_ok=True)
+            file = self._spooled.pop((gone.peer_id, gone.fence, gone.digest), None)
+            if file is not None:
+                (self.context.directory / file.path).unlink(missing_ok=True)
 
     # --- pushes ---------------------------------------------------------------------------------------------------
 
@@ -126,7 +130,9 @@ class AggregateSession(Session):
         """Judge, spool, screen and answer one update."""
         if self._collector is None:
             raise Refused("the initial state is not here yet", "retry")
-        answer: Message | Take | Verdict = self._collector.offer(header, stream.peer.peer_id)
+        fault = misfit(self.context.job, header)
+        offered = self._collector.offer(header, stream.peer.peer_id) if fault is None else Verdict(reason=fault)
+        answer: Message | Take | Verdict = offered
         if isinstance(answer, Take):
             answer = await self._take(self._collector, stream, header, answer.ticket)
         if isinstance(answer, Verdict):
@@ -140,21 +146,21 @@ class AggregateSession(Session):
     async def _take(
         self, collector: Collector, stream: Stream, header: PushUpdate, ticket: int
     ) -> Accepted | Rebase | Verdict:
-        contribution = header.contribution
+        contribution, part = header.contribution, header.part
         path = self.context.directory / SPOOL / f"{ticket}.safetensors"
+        file = bridge.FileRef(path=f"{SPOOL}/{path.name}", bytes=part.bytes, digest=part.digest)
         try:
             await receive_file(
                 stream,
                 path,
-                size=contribution.bytes,
-                digest=contribution.digest,
+                size=part.bytes,
+                digest=part.digest,
                 algorithm=DIGEST_ALGORITHM,
                 offset=0,
                 runtime=self.context.runtime,
             )
             judged = collector.landed(ticket)
             if isinstance(judged, Screening):
-                file = bridge.FileRef(path=f"{SPOOL}/{path.name}", bytes=contribution.bytes, digest=contribution.digest)
                 judged = collector.screened(ticket, await self._screen(ticket, header.round, file))
         except BaseException as error:
             collector.lost(ticket)
@@ -165,7 +171,7 @@ class AggregateSession(Session):
                 raise Refused(f"the update cannot be stored: {error}", "retry") from error
             raise
         if isinstance(judged, Accepted):
-            self._spooled[contribution.peer_id, contribution.fence, contribution.digest] = path
+            self._spooled[contribution.peer_id, contribution.fence, contribution.digest] = file
             self._collected_changed()
         else:
             path.unlink(missing_ok=True)
@@ -211,7 +217,9 @@ class AggregateSession(Session):
         self._forget(plan.drop)
         self._plans[plan.round, plan.close] = plan.base_digest
         inputs = tuple(
-            bridge.MergeInput(peer_id=c.peer_id, fence=c.fence, samples=c.samples, file=self._spool_file(c))
+            bridge.MergeInput(
+                peer_id=c.peer_id, fence=c.fence, samples=c.samples, file=self._spooled[c.peer_id, c.fence, c.digest]
+            )
             for c in plan.inputs
         )
         self.owed.owe(("merge", plan.round, plan.close))
@@ -225,11 +233,11 @@ class AggregateSession(Session):
             )
         )
 
-    def _spool_file(self, contribution: Contribution) -> bridge.FileRef:
-        path = self._spooled[contribution.peer_id, contribution.fence, contribution.digest]
-        return bridge.FileRef(path=f"{SPOOL}/{path.name}", bytes=contribution.bytes, digest=contribution.digest)
-
     # --- what is held ---------------------------------------------------------------------------------------------
+
+    def holds(self, digest: str) -> bool:
+        """Whether a file of this digest can be fetched here."""
+        return digest in self._artifacts
 
     async def serve_model(self, stream: Stream, header: FetchModel) -> None:
         """Send a file of this job's to whoever works on it."""
@@ -262,6 +270,8 @@ class AggregateSession(Session):
                 case bridge.FetchHeldOut():
                     # From the evaluating thread: the main one owes what it owes.
                     return await self.fetch_held_out(request)
+                case bridge.FetchOthers():
+                    return await fetch_others(self, request)
                 case _:
                     raise RemoteProtocolError(f"an aggregate executor does not fetch {type(request).__name__}")
 
@@ -306,6 +316,7 @@ class AggregateSession(Session):
             round=report.round,
             model_digest=report.model.digest,
             momentum_digest=report.momentum.digest,
+            shard=self.context.job.shard,
         )
         self._tell_ready()
         if self._pending_view is not None:

@@ -147,6 +147,7 @@ class Broadcast:
             model_digest=merged.model_digest,
             digest=merged.update_digest,
             bytes=merged.update_bytes,
+            shard=context.job.shard,
             traceparent=inject(),
         )
         with trio.move_on_after(context.transfers.stall_s) as patience:

@@ -17,13 +17,13 @@ log = get_logger("worker.session")
 class Redelivery:
     """Remembers the newest delivered update of one session.
 
-    `push` sends it to every server of the newest view, and `pushed_to` tells which these were.
+    `push` sends it to every server of the newest view but those that hold it, and `pushed_to` tells who holds it then.
     """
 
     def __init__(
         self,
         session: Session,
-        push: Callable[[bridge.SendUpdate], Awaitable[bridge.Sent]],
+        push: Callable[[bridge.SendUpdate, tuple[Member, ...]], Awaitable[bridge.Sent]],
         pushed_to: Callable[[], tuple[Member, ...]],
     ) -> None:
         self._session = session
@@ -56,7 +56,7 @@ class Redelivery:
             assert update is not None, "it is due"
             log.info("Update sent again", round=update.round)
             try:
-                answer = await self._push(update)
+                answer = await self._push(update, self._holders)
             except RemoteProtocolError as error:
                 log.warn("Update not sent again", round=update.round, reason=str(error))
                 self._update = None

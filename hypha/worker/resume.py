@@ -9,6 +9,7 @@ from hypha.network.artifacts import fetch_artifact
 from hypha.network.retry import Backoff
 from hypha.protocol.bridge import FileRef, ResumeFetched
 from hypha.protocol.messages import FetchModel
+from hypha.protocol.shards import kind_of
 from hypha.telemetry import get_logger
 from hypha.worker.session import JobContext
 
@@ -27,6 +28,7 @@ async def fetch_resume(context: JobContext, job_epoch: int, backoff: Backoff) ->
     wanted += [("record", resume.round + 1 + n, digest) for n, digest in enumerate(resume.records)]
     files = []
     for part, made_in, digest in wanted:
+        part = kind_of(part, context.job.shard)
         request = FetchModel(job_id=context.job.job_id, job_epoch=job_epoch, part=part, round=made_in, digest=digest)
         files.append(await _fetch(context, request, backoff))
         backoff.reset()

@@ -249,7 +249,7 @@ class Worker:
 
     async def _push_update(self, stream: Stream, header: PushUpdate) -> None:
         for session in self.jobs.sessions(header.job_id):
-            if isinstance(session, AggregateSession):
+            if isinstance(session, AggregateSession) and session.context.job.shard == header.shard:
                 await session.receive_push(stream, header)
                 return
         raise Refused(f"no parameter server of job {header.job_id} runs here", "retry")
@@ -258,10 +258,9 @@ class Worker:
         await self.jobs.session(header.lease_id, TrainSession).receive_update(stream, header)
 
     async def _fetch_model(self, stream: Stream, header: FetchModel) -> None:
-        for session in self.jobs.sessions(header.job_id):
-            if isinstance(session, AggregateSession):
-                await session.serve_model(stream, header)
-                return
+        serving = [each for each in self.jobs.sessions(header.job_id) if isinstance(each, AggregateSession)]
+        for session in sorted(serving, key=lambda each: not each.holds(header.digest))[:1]:
+            return await session.serve_model(stream, header)
         raise Refused(f"no parameter server of job {header.job_id} runs here", "retry")
 
     # --- health ---------------------------------------------------------------------------------------------------

@@ -10,15 +10,16 @@ The executor's reports are answered from what is known here; they travel to the 
 
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError, StoreError
+from hypha.errors import PeerUnreachable, RemoteProtocolError
 from hypha.network.artifacts import fetch_artifact
 from hypha.network.seam import Stream
-from hypha.network.transfer import partial_path, receive_file, send_file
+from hypha.network.transfer import send_file
 from hypha.protocol import bridge
 from hypha.protocol.messages import (
     Accepted,
@@ -28,6 +29,7 @@ from hypha.protocol.messages import (
     Member,
     Message,
     OuterUpdate,
+    PartRef,
     Progress,
     PushUpdate,
     Ready,
@@ -37,12 +39,14 @@ from hypha.protocol.messages import (
     SyncAfter,
     UpdateRefused,
 )
-from hypha.protocol.tensorfile import DIGEST_ALGORITHM
-from hypha.protocol.views import Ordered, order_of, refusal
+from hypha.protocol.shards import kind_of, part_of, whole_digest
+from hypha.protocol.views import Ordered, order_of, server_of
 from hypha.telemetry import extracted, get_logger, inject, metrics, span
+from hypha.worker.arrivals import Arrivals, discard
 from hypha.worker.redelivery import Redelivery
 from hypha.worker.samples import Samples
 from hypha.worker.session import JobContext, Session
+from hypha.worker.together import together
 
 log = get_logger("worker.trainer")
 
@@ -53,8 +57,7 @@ class TrainSession(Session):
     def __init__(self, context: JobContext) -> None:
         super().__init__(context)
         self._instruction: bridge.Instruction = bridge.GoOn()
-        self._received: tuple[int, int, str] | None = None  # (round, close, digest) of the newest outer update
-        self._arrivals = 0
+        self._arrivals = Arrivals(self)
         self._pushed_to: tuple[Member, ...] = ()
         self._redelivery = Redelivery(self, self._push, lambda: self._pushed_to)
         self._samples = Samples(self)
@@ -85,22 +88,27 @@ class TrainSession(Session):
                 return await self.fetch_source(request)
             case bridge.FetchHeldOut():
                 return await self.fetch_held_out(request)
-            case bridge.FetchResume():
-                raise RemoteProtocolError("a training executor has no resume point: it fetches the base")
+            case bridge.FetchResume() | bridge.FetchOthers():
+                raise RemoteProtocolError("a training executor fetches the base, nothing else of a model")
 
     async def _fetch_base(self) -> bridge.BaseFetched:
-        """Fetch the newest view's base from one of its servers, starting over as soon as the view moves on."""
+        """Fetch the newest view's base, each shard from its server, starting over as soon as the view moves on."""
         backoff = self.backoff()
         while True:
             await self.until(lambda: self.view is not None)
             view = self.view
             assert view is not None
-            path = self.context.directory / f"model-{view.round - 1}-{view.base_digest[:16]}.safetensors"
-            file = await self.while_wanted(partial(self._try_fetch, view, path), partial(self._stands, view))
+            parts = view.parts or (view.base_digest,)
+            name = self.context.directory / f"model-{view.round - 1}"
+            paths = [Path(f"{name}-{shard}-{part[:16]}.safetensors") for shard, part in enumerate(parts)]
+            files = await self.while_wanted(partial(self._try_fetch, view, paths), partial(self._stands, view))
             if not self._stands(view):
-                await self.context.runtime.run_blocking(_discard, path)
-            elif file is not None:
-                return bridge.BaseFetched(round=view.round, file=file, traceparent=view.traceparent)
+                for path in paths:
+                    await self.context.runtime.run_blocking(discard, path)
+            elif files is not None:
+                return bridge.BaseFetched(
+                    round=view.round, digest=view.base_digest, files=files, traceparent=view.traceparent
+                )
             else:
                 await self.pause(backoff)
 
@@ -109,26 +117,37 @@ class TrainSession(Session):
         newest = self.view
         return newest is not None and _aim(newest) == _aim(view)
 
-    async def _try_fetch(self, view: RoundView, path: Path) -> bridge.FileRef | None:
+    async def _try_fetch(self, view: RoundView, paths: list[Path]) -> tuple[bridge.FileRef, ...] | None:
+        """Return every shard's file; None where one is not to be had now."""
+        files = await together([partial(self._try_fetch_part, view, shard, path) for shard, path in enumerate(paths)])
+        found = tuple(file for file in files if file is not None)
+        return found if len(found) == len(files) else None
+
+    async def _try_fetch_part(self, view: RoundView, shard: int, path: Path) -> bridge.FileRef | None:
+        context, server = self.context, server_of(view, shard)
+        digest = part_of(view.base_digest, view.parts, shard)
+        if server is None or digest is None:
+            return None
         wanted = FetchModel(
-            job_id=view.job_id, job_epoch=view.job_epoch, part="model", round=view.round - 1, digest=view.base_digest
+            job_id=view.job_id,
+            job_epoch=view.job_epoch,
+            part=kind_of("model", shard),
+            round=view.round - 1,
+            digest=digest,
         )
-        context = self.context
-        for server in view.servers:
-            try:
-                size = await fetch_artifact(
-                    context.network,
-                    server.peer_id,
-                    wanted,
-                    path,
-                    runtime=context.runtime,
-                    patience_s=context.transfers.stall_s,
-                )
-            except (PeerUnreachable, RemoteProtocolError) as error:
-                log.info("Base not fetched yet", server=server.peer_id, round=view.round, reason=str(error))
-                continue
-            return bridge.FileRef(path=path.name, bytes=size, digest=view.base_digest)
-        return None
+        try:
+            size = await fetch_artifact(
+                context.network,
+                server.peer_id,
+                wanted,
+                path,
+                runtime=context.runtime,
+                patience_s=context.transfers.stall_s,
+            )
+        except (PeerUnreachable, RemoteProtocolError) as error:
+            log.info("Base not fetched yet", server=server.peer_id, round=view.round, reason=str(error))
+            return None
+        return bridge.FileRef(path=path.name, bytes=size, digest=digest)
 
     def _goes_on_with(self, view: RoundView, wanted: Callable[[], bool]) -> bool:
         return self._stands(view) and wanted() and not self.stopped
@@ -148,9 +167,18 @@ class TrainSession(Session):
             self._redelivery.delivered(request)
         return answer
 
-    async def _push(self, request: bridge.SendUpdate, *, wanted: Callable[[], bool] = lambda: True) -> bridge.Sent:
-        path = self.file(request.file.path)
-        backoff = self.backoff()
+    async def _push(
+        self,
+        request: bridge.SendUpdate,
+        held: tuple[Member, ...] = (),
+        *,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> bridge.Sent:
+        """Deliver an update to every shard's server but those that hold it already."""
+        paths = [self.file(file.path) for file in request.files]
+        if len(paths) != self.context.job.shards:
+            raise RemoteProtocolError(f"an update in {len(paths)} files for {self.context.job.shards} shards")
+        backoff, holders = self.backoff(), set(held)
         while not self.stopped:
             view = self.view
             if view is None:
@@ -160,7 +188,8 @@ class TrainSession(Session):
                 continue
             if (view.round, view.base_digest) != (request.round, request.base_digest) or not wanted():
                 return bridge.SendRebase(round=view.round, base_digest=view.base_digest)
-            pushing, stands = partial(self._push_to_all, view, request, path), partial(self._goes_on_with, view, wanted)
+            pushing = partial(self._push_to_all, view, request, paths, holders)
+            stands = partial(self._goes_on_with, view, wanted)
             answer: bridge.Sent | None = await self.while_wanted(pushing, stands)
             if answer is not None:
                 self._pushed_to = view.servers
@@ -169,29 +198,52 @@ class TrainSession(Session):
                 await self.pause(backoff)
         return bridge.SendRefused(reason="the job is over")
 
-    async def _push_to_all(self, view: RoundView, request: bridge.SendUpdate, path: Path) -> bridge.Sent | None:
-        """Return the first answer that is not Accepted, else Accepted; None when it is worth another attempt."""
-        for server in view.servers:
-            try:
-                answer = await self._push_to(view, server, request, path)
-            except (PeerUnreachable, RemoteProtocolError) as error:
-                log.info("Update not delivered yet", round=request.round, server=server.peer_id, reason=str(error))
-                return None
-            match answer:
-                case Accepted():
-                    continue
-                case Rebase() as rebase:
-                    return bridge.SendRebase(round=rebase.round, base_digest=rebase.base_digest)
-                case UpdateRefused() as refused:
-                    log.warn("Update refused", round=request.round, server=server.peer_id, reason=refused.reason)
-                    return bridge.SendRefused(reason=refused.reason)
-                case other:
-                    log.warn("Update answered badly", server=server.peer_id, answer=type(other).__name__)
-                    return None
-        return bridge.SendAccepted() if view.servers else None
+    async def _push_to_all(
+        self, view: RoundView, request: bridge.SendUpdate, paths: list[Path], holders: set[Member]
+    ) -> bridge.Sent | None:
+        """Return an answer that is not Accepted, else Accepted; None when it is worth another attempt."""
+        lacking = [
+            (server, shard)
+            for server, shard in zip(view.servers, view.shards or (0,), strict=False)
+            if server not in holders
+        ]
+        answers = await together(
+            [partial(self._push_to, view, request, server, shard, paths[shard]) for server, shard in lacking]
+        )
+        holders.update(
+            server
+            for (server, _), answer in zip(lacking, answers, strict=True)
+            if isinstance(answer, bridge.SendAccepted)
+        )
+        final = next((answer for answer in answers if isinstance(answer, bridge.SendRebase | bridge.SendRefused)), None)
+        if final is not None:
+            return final
+        return bridge.SendAccepted() if len(holders.intersection(view.servers)) == len(paths) else None
 
-    async def _push_to(self, view: RoundView, server: Member, request: bridge.SendUpdate, path: Path) -> Message:
-        context = self.context
+    async def _push_to(
+        self, view: RoundView, request: bridge.SendUpdate, server: Member, shard: int, path: Path
+    ) -> bridge.Sent | None:
+        try:
+            answer = await self._push_part(view, server, request, shard, path)
+        except (PeerUnreachable, RemoteProtocolError) as error:
+            log.info("Update not delivered yet", round=request.round, server=server.peer_id, reason=str(error))
+            return None
+        match answer:
+            case Accepted():
+                return bridge.SendAccepted()
+            case Rebase() as rebase:
+                return bridge.SendRebase(round=rebase.round, base_digest=rebase.base_digest)
+            case UpdateRefused() as refused:
+                log.warn("Update refused", round=request.round, server=server.peer_id, reason=refused.reason)
+                return bridge.SendRefused(reason=refused.reason)
+            case other:
+                log.warn("Update answered badly", server=server.peer_id, answer=type(other).__name__)
+                return None
+
+    async def _push_part(
+        self, view: RoundView, server: Member, request: bridge.SendUpdate, shard: int, path: Path
+    ) -> Message:
+        context, files = self.context, request.files
         header = PushUpdate(
             job_id=view.job_id,
             job_epoch=view.job_epoch,
@@ -200,13 +252,15 @@ class TrainSession(Session):
             lease_id=context.lease_id,
             fence=context.fence,
             contribution=self._describe(request),
+            shard=shard,
+            parts=tuple(PartRef(bytes=f.bytes, digest=f.digest) for f in files) if len(files) > 1 else (),
             traceparent=inject(),
         )
         with trio.move_on_after(context.transfers.stall_s) as patience:
             stream = await context.network.open_stream(server.peer_id, header)
             try:
                 patience.deadline = float("inf")  # the transport finds a transfer that stands still
-                await send_file(stream, path, offset=0, length=request.file.bytes, runtime=context.runtime)
+                await send_file(stream, path, offset=0, length=files[shard].bytes, runtime=context.runtime)
                 await stream.send_eof()
                 return await stream.receive_message(Message)
             finally:
@@ -220,8 +274,8 @@ class TrainSession(Session):
             lease_id=self.context.lease_id,
             round=request.round,
             base_digest=request.base_digest,
-            digest=request.file.digest,
-            bytes=request.file.bytes,
+            digest=whole_digest([file.digest for file in request.files], sha256),
+            bytes=sum(file.bytes for file in request.files),
             samples=request.samples,
             intervals=request.intervals,
             loss=request.loss,
@@ -293,45 +347,8 @@ class TrainSession(Session):
     # --- outer updates --------------------------------------------------------------------------------------------
 
     async def receive_update(self, stream: Stream, header: OuterUpdate) -> None:
-        """Take an outer update from a parameter server of the newest view and hand it to the executor, once."""
-        self._judge(stream.peer.peer_id, header)
-        if self._received != _key(header):
-            await self._take(stream, header)
-        await stream.send_message(Accepted(digest=header.digest))
-
-    async def _take(self, stream: Stream, header: OuterUpdate) -> None:
-        # A repetition may come while the first is under way, so each arrives in a file of its own.
-        self._arrivals += 1
-        path = self.context.directory / f"update-{header.round}-{header.close}-{self._arrivals}.safetensors"
-        handed_over = False
-        try:
-            digest, runtime = header.digest, self.context.runtime
-            await receive_file(
-                stream, path, size=header.bytes, digest=digest, algorithm=DIGEST_ALGORITHM, runtime=runtime
-            )
-            self._judge(stream.peer.peer_id, header)  # the view may have moved on meanwhile
-            if self._received != _key(header):
-                self._received, handed_over = _key(header), True
-                self._hand_over(header, path.name)
-        except StoreError as error:
-            self.fail(str(error))
-            raise Refused(f"the update cannot be stored: {error}", "retry") from error
-        finally:
-            if not handed_over:
-                _discard(path)
-
-    def _judge(self, peer_id: str, header: OuterUpdate) -> None:
-        if header.job_id != self.context.job.job_id:
-            raise Refused(f"this lease is for job {self.context.job.job_id}, not {header.job_id}")
-        verdict = self.guard.check_server(job_epoch=header.job_epoch, view=header.view, peer_id=peer_id)
-        if verdict is not None:
-            raise refusal(verdict)
-        view = self.view
-        assert view is not None, "judged above"
-        leads_to_base = header.round == view.round - 1 and header.model_digest == view.base_digest
-        starts_at_base = header.round == view.round and header.base_digest == view.base_digest
-        if not (leads_to_base or starts_at_base):
-            raise Refused(f"outer step {header.round} does not belong to view {view.view} of round {view.round}")
+        """Take an outer update from a parameter server and hand it to the executor, once all shards' are here."""
+        await self._arrivals.receive(stream, header)
 
     def emit(self, event: bridge.Event) -> None:
         """Queue an event for the executor. An outer update says which round will open, maybe before its view does."""
@@ -340,29 +357,6 @@ class TrainSession(Session):
             self._promised = (event.round + 1, event.model_digest, order_of(view))
         super().emit(event)
 
-    def _hand_over(self, header: OuterUpdate, name: str) -> None:
-        file = bridge.FileRef(path=name, bytes=header.bytes, digest=header.digest)
-        self.owed.owe()
-        self.emit(
-            bridge.UpdateArrived(
-                round=header.round,
-                close=header.close,
-                base_digest=header.base_digest,
-                model_digest=header.model_digest,
-                file=file,
-                traceparent=inject() or header.traceparent,
-            )
-        )
-
 
 def _aim(view: RoundView) -> tuple[int, str, tuple[Member, ...]]:
     return view.round, view.base_digest, view.servers
-
-
-def _key(header: OuterUpdate) -> tuple[int, int, str]:
-    return header.round, header.close, header.digest
-
-
-def _discard(path: Path) -> None:
-    for each in (path, partial_path(path)):
-        each.unlink(missing_ok=True)

@@ -86,7 +86,7 @@ class Job:
             stepped = step(outs, model=model.path, momentum=momentum.path, shares=[share], outer=OUTER)
             store.put("record", number, stepped.record.digest, stepped.record.path)
             entry = store.round_entry(
-                merged_of(number, model.digest, stepped),
+                (merged_of(number, model.digest, stepped),),
                 (contribution_of(number, model.digest, delta),),
                 job_epoch=store.state.job_epoch,
                 nonce=f"n{number}",

@@ -13,12 +13,12 @@ VIEWS = ("tests/protocol/test_views.py",)
 AGGREGATOR = ("tests/worker/test_aggregator.py", "tests/worker/test_aggregator_serving.py")
 TRAINER = ("tests/worker/test_trainer.py", "tests/worker/test_trainer_updates.py")
 MERGED_IN_ORDER = "[generation.held[key] for key in sorted((peer, fence) for peer, fence, _ in request.contributors)]"
-COMMIT = """            durable = await self._committer.commit(outcome, servers)
+COMMIT = """            durable = await self._committer.commit(outcome)
         if durable:
             self._committed(outcome)
 """
 COMMIT_EARLY = """            self._committed(outcome)
-            durable = await self._committer.commit(outcome, servers)
+            durable = await self._committer.commit(outcome)
         if durable:
 """
 
@@ -81,9 +81,9 @@ ROUNDS_AND_STATE = (
     ),
     Planted(
         name="another model is as good",
-        file="hypha/protocol/rounds.py",
-        old="        if self.committed_digest is not None and digest != self.committed_digest:",
-        new="        if self.committed_digest is None and digest == '':",
+        file="hypha/protocol/servers.py",
+        old="        if self._pinned and digest != model:",
+        new="        if self._pinned and digest == '':",
         breaks="rounds open on a parameter server with another model (L5)",
         tests=ROUNDS,
     ),
@@ -98,9 +98,9 @@ ROUNDS_AND_STATE = (
     Planted(
         name="one answer is enough",
         file="hypha/protocol/closing.py",
-        old='            return "the servers disagree about the model"',
-        new="            pass",
-        breaks="two parameter servers with two models count as merged",
+        old="        if self.unanswered():\n            return None\n",
+        new="",
+        breaks="a step counts as made that one parameter server has not made",
         tests=ROUNDS,
     ),
     Planted(
@@ -210,8 +210,8 @@ ROUNDS_AND_STATE = (
     Planted(
         name="committed although lost",
         file="hypha/scheduler/committer.py",
-        old="                if not await self.keep(each, servers):\n                    return False",
-        new="                await self.keep(each, servers)",
+        old="            if not all(kept):\n                return False\n",
+        new="",
         breaks="the chain names a record that nobody has",
         tests=SCHEDULER,
     ),
@@ -226,16 +226,16 @@ ROUNDS_AND_STATE = (
     Planted(
         name="commit not passed on",
         file="hypha/worker/aggregator.py",
-        old="        super().committed(message, peer_id)\n        self._tell_ready()",
+        old="        super().committed(replace(message, digest=mine), peer_id)\n        self._tell_ready()",
         new="        self._tell_ready()",
         breaks="the executor never moves its state on",
         tests=AGGREGATOR,
     ),
     Planted(
         name="outer update from anyone",
-        file="hypha/worker/trainer.py",
-        old="        if verdict is not None:\n            raise refusal(verdict)\n        view = self.view",
-        new="        view = self.view",
+        file="hypha/worker/arrivals.py",
+        old="        if verdict is not None:\n            raise refusal(verdict)\n        view = session.view",
+        new="        view = session.view",
         breaks="a deposed parameter server moves the base of a worker",
         tests=TRAINER,
     ),
@@ -250,8 +250,8 @@ ROUNDS_AND_STATE = (
     Planted(
         name="every update weighs the same",
         file="hypha/worker/aggregator.py",
-        old="samples=c.samples, file=self._spool_file(c)",
-        new="samples=1, file=self._spool_file(c)",
+        old="samples=c.samples, file=self._spooled[",
+        new="samples=1, file=self._spooled[",
         breaks="a worker that trained on a quarter of the samples moves the model as far as the others",
         tests=AGGREGATOR,
     ),
@@ -274,8 +274,8 @@ ROUNDS_AND_STATE = (
     Planted(
         name="a lost step is gone on from",
         file="hypha/protocol/rounds.py",
-        old="        self._open(round, outcome.merged[0].base_digest, now, self._closed_tally)\n",
-        new="        self._open(round + 1, outcome.merged[0].model_digest, now, self._closed_tally)\n",
+        old="        self._open(round, tuple(merged.base_digest for merged in outcome.merged), now, self._closed_tally)\n",
+        new="        self._open(round + 1, tuple(m.model_digest for m in outcome.merged), now, self._closed_tally)\n",
         breaks="after a lost step the job goes on from a model that nobody has (L5)",
         tests=ROUNDS,
     ),

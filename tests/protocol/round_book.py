@@ -1,5 +1,7 @@
 """A book of rounds in a few words: leases a, b, c train, s and t serve, one slice of 40 samples."""
 
+from hashlib import sha256
+
 from hypha.protocol.closing import Close, Outcome
 from hypha.protocol.manifest import ChainState
 from hypha.protocol.messages import Collected, Contribution, Member, Merged, SliceRef
@@ -14,19 +16,21 @@ ZERO = "0" * 64
 
 def book(*members, quorum=1, updates=3, table=None, chain=None, servers=(S,), **known):
     made = RoundBook(
-        Terms(job_id="job", updates=updates, quorum=quorum, deadline_s=10.0),
+        Terms(job_id="job", updates=updates, quorum=quorum, deadline_s=10.0, shards=max(1, len(servers))),
         job_epoch=1,
         chain=chain or ChainState(job_id="job"),
         table=table or SliceTable(SLICES),
         now=0.0,
+        sha256=sha256,
         **known,
     )
-    for server in servers:
+    for shard, server in enumerate(servers):
         round = chain.round if chain else 0
-        assert made.server_ready(server, b"addr", round=round, digest=ZERO, momentum_digest=None, now=0.0) is None
+        held = {"round": round, "digest": ZERO, "momentum_digest": None, "now": 0.0}
+        assert made.server_ready(server, b"addr", shard=shard, **held) is None
     for member in members:
         made.lease_added(member)
-        assert made.worker_ready(member, round=made.round - 1, digest=ZERO) is None
+        assert made.worker_ready(member, round=made.round - 1, digest=made.base_digest) is None
     return made
 
 
@@ -52,10 +56,10 @@ def train(rounds, *members, samples=4):
     return made
 
 
-def merged(close, model="1"):
+def merged(close, model="1", shard=0):
     digest = model * 64
     return Merged(
-        round=close.round, close=close.close, base_digest=close.requests[0][1].base_digest, model_digest=digest,
+        round=close.round, close=close.close, base_digest=close.requests[shard][1].base_digest, model_digest=digest,
         momentum_digest=digest, record_digest=digest, update_digest=digest,
         model_bytes=1, momentum_bytes=1, record_bytes=1, update_bytes=1,
     )  # fmt: skip

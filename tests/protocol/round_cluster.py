@@ -8,7 +8,7 @@ Cluster ── book, table, chain, journal   the scheduler, what its store holds
 
 from hashlib import sha256
 
-from hypha.protocol.closing import Close
+from hypha.protocol.closing import Close, Waiting
 from hypha.protocol.collect import Collector, MergePlan, Screening, Take
 from hypha.protocol.manifest import Chain, from_bytes, to_bytes
 from hypha.protocol.messages import (
@@ -26,7 +26,7 @@ from hypha.protocol.messages import (
     SliceRef,
     SliceRequest,
 )
-from hypha.protocol.rounds import RoundBook, Terms, Waiting
+from hypha.protocol.rounds import RoundBook, Terms
 from hypha.protocol.slices import Grant, SliceTable
 from hypha.protocol.tally import Exclude
 from hypha.protocol.views import Part, ViewGuard
@@ -113,7 +113,7 @@ class Cluster:
         table = SliceTable.restore(SLICES, epoch=state.epoch, used=state.used, grants=grants, committed=state.round)
         self.book = RoundBook(
             Terms(job_id="job", updates=1000, quorum=QUORUM, deadline_s=10.0),
-            job_epoch=state.job_epoch, chain=state, table=table, now=self.now,
+            job_epoch=state.job_epoch, chain=state, table=table, now=self.now, sha256=sha256,
             excluded=[line for line in self.journal if isinstance(line, Exclude)], awaited=awaited,
         )  # fmt: skip
         self.outcome = None
@@ -283,7 +283,7 @@ class Cluster:
     def server_says_ready(self):
         reason = self.book.server_ready(
             self.server.me, b"address", round=self.server.round, digest=self.server.model_digest,
-            momentum_digest=self.chain.state.momentum_digest, now=self.now,
+            momentum_digest=next(iter(self.chain.state.momenta), None), now=self.now,
         )  # fmt: skip
         assert reason is None, reason
 

@@ -1,15 +1,15 @@
 """The book of rounds by example: who counts, when a round closes, what is excluded, and the reason for every no."""
 
+from hashlib import sha256
 from itertools import pairwise
 
 import pytest
 from msgspec.structs import replace
 
 from hypha.errors import LocalProtocolError
-from hypha.protocol.closing import CLOSES_PER_EPOCH, Close, Outcome
+from hypha.protocol.closing import CLOSES_PER_EPOCH, Close, Outcome, Waiting
 from hypha.protocol.manifest import ChainState
 from hypha.protocol.messages import Interval, Progress
-from hypha.protocol.rounds import Waiting
 from hypha.protocol.slices import Grant, Later, SliceTable
 from hypha.protocol.tally import Exclude
 from hypha.protocol.views import Part
@@ -173,7 +173,7 @@ def test_no_server_may_join_while_it_is_open_whether_a_step_is_committed():
     assert rounds.server_ready(T, b"t", round=0, **ready) == "round 1 is neither committed nor lost yet"
     rounds.committed(1)
     assert rounds.server_ready(T, b"t", round=0, **ready) == "it holds model 0; 1 is committed"
-    assert rounds.server_ready(T, b"t", round=1, **ready).startswith("its model 1 is 000000000000")
+    assert rounds.server_ready(T, b"t", round=1, **ready).startswith("its model is 000000000000")
     digest = "1" * 64
     assert "momentum" in rounds.server_ready(T, b"t", round=1, digest=digest, momentum_digest=None, now=0.0)
     assert rounds.server_ready(T, b"t", round=1, digest=digest, momentum_digest=digest, now=0.0) is None
@@ -221,14 +221,49 @@ def test_with_several_servers_the_set_to_merge_is_what_all_of_them_hold():
     assert isinstance(rounds.merged(T, merged(close), 10.0), Outcome)
 
 
-def test_servers_that_disagree_about_the_model_make_no_step():
+def test_each_shard_has_its_own_model_and_the_whole_is_named_by_all_of_them():
+    rounds = book(A, servers=(S, T))
+    assert (rounds.view(0.0).servers, rounds.view(0.0).shards, rounds.view(0.0).parts) == ((S, T), (0, 1), (ZERO, ZERO))
+    report(rounds, *train(rounds, A), server=T)
+    close = rounds.decide(0.0)
+    assert rounds.merged(T, merged(close, "2", shard=1), 0.0) is None
+    outcome = rounds.merged(S, merged(close), 0.0)
+    parts = ("1" * 64, "2" * 64)
+    assert (tuple(m.model_digest for m in outcome.merged), outcome.servers) == (parts, (S, T))
+    assert (rounds.round, rounds.view(0.0).parts) == (2, parts)
+    assert rounds.view(0.0).base_digest == rounds.base_digest == sha256("\n".join(parts).encode()).hexdigest()
+
+
+def test_one_shard_without_a_server_stops_rounds_and_only_its_own_state_will_do():
+    rounds = book(A, B, servers=(S, T))
+    made = train(rounds, A, B)
+    report(rounds, *made, server=T)
+    rounds.lease_died(T)
+    assert rounds.accepted() == {}
+    assert rounds.decide(99.0).reason == "round 1: no parameter server is ready for shard 1 of 2"
+    view = rounds.view(0.0)
+    assert (view.servers, view.shards, view.parts) == ((S,), (0,), (ZERO, ZERO))
+    ready = {"round": 0, "digest": ZERO, "momentum_digest": None, "now": 0.0}
+    assert rounds.server_ready(C, b"c", shard=0, **ready) == "shard 0 is served by another"
+    assert rounds.server_ready(C, b"c", shard=2, **ready) == "there is no shard 2 of 2"
+    assert rounds.server_ready(C, b"c", shard=1, **ready) is None
+    assert rounds.accepted() == {}, "the new server holds nothing yet"
+    report(rounds, *made, server=C)
+    assert isinstance(rounds.decide(0.0), Close)
+
+
+def test_after_a_commit_a_new_server_must_hold_what_its_shard_became():
     rounds = book(A, servers=(S, T))
     report(rounds, *train(rounds, A), server=T)
     close = rounds.decide(0.0)
     rounds.merged(S, merged(close), 0.0)
-    assert rounds.merged(T, merged(close, "2"), 0.0) == "the servers disagree about the model"
-    assert rounds.round == 1
-    assert "disagree" in rounds.decide(0.0).reason
+    rounds.merged(T, merged(close, "2", shard=1), 0.0)
+    rounds.committed(1)
+    rounds.lease_died(T)
+    held = {"round": 1, "shard": 1, "momentum_digest": "2" * 64, "now": 0.0}
+    assert rounds.server_ready(C, b"c", digest="1" * 64, **held).startswith("its model is 1111")
+    assert rounds.server_ready(C, b"c", digest="2" * 64, **held) is None
+    assert rounds.view(0.0).servers == (S, C)
 
 
 @pytest.mark.parametrize("change", [{"round": 2}, {"close": 7}, {"base_digest": "f" * 64}])
@@ -346,7 +381,7 @@ def restarted(awaited, excluded=()):
               for m, s in ((A, 4), (B, 8), (C, 12))]  # fmt: skip
     used = [Interval(epoch=0, slice=0, start=0, stop=4)]
     table = SliceTable.restore(SLICES, epoch=0, used=used, grants=grants, committed=1)
-    chain = ChainState(job_id="job", round=1, model_digest=ZERO, used=tuple(used), samples=4)
+    chain = ChainState(job_id="job", round=1, models=(ZERO,), model_digest=ZERO, used=tuple(used), samples=4)
     return book(chain=chain, table=table, awaited=awaited, excluded=excluded)
 
 
@@ -371,7 +406,7 @@ def test_what_was_excluded_before_a_restart_stays_excluded():
 
 
 def test_a_finished_job_stays_finished_after_a_restart():
-    rounds = book(chain=ChainState(job_id="job", round=3, model_digest=ZERO), servers=())
+    rounds = book(chain=ChainState(job_id="job", round=3, models=(ZERO,), model_digest=ZERO), servers=())
     assert rounds.view(0.0).final
 
 

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hypha.protocol.rounds import Waiting
+from hypha.protocol.closing import Waiting
 from tests.protocol.round_checks import check_named, check_progress, check_samples, check_steps
 from tests.protocol.round_cluster import CALM_TURNS, Cluster
 

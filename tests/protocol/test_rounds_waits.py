@@ -2,9 +2,8 @@
 
 from msgspec.structs import replace
 
-from hypha.protocol.closing import Close
+from hypha.protocol.closing import Close, Waiting
 from hypha.protocol.messages import Interval
-from hypha.protocol.rounds import Waiting
 from tests.protocol.round_book import A, B, S, T, book, contribution, merged, report, train
 
 

@@ -162,7 +162,7 @@ def test_outer_updates_come_from_a_server_of_the_view():
     assert guard.check_server(job_epoch=2, view=4, peer_id="s") is None
     assert guard.check_server(job_epoch=2, view=6, peer_id="s").retry
     assert guard.check_server(job_epoch=1, view=9, peer_id="s").reason == "job epoch 1 is over; 2 has begun"
-    assert guard.check_server(job_epoch=2, view=5, peer_id="a").reason == "a serves no parameters in view 5"
+    assert guard.check_server(job_epoch=2, view=5, peer_id="a").reason == "a does not serve shard 0 in view 5"
 
 
 def test_a_close_under_a_view_that_has_not_come_is_to_come_again():

@@ -92,7 +92,7 @@ def test_an_executor_that_does_not_exit_at_the_end_holds_nobody_up(stage):
         await stage.said("Round committed", "round=1")
         silent = stage.trainers()[0]
         await stage.said("Round committed", "round=2")
-        for executor in stage.executors(silent):
+        for executor in stage.machines[silent].executors():
             executor.fail("stall")
         over = trio.current_time()
         await stage.said("Job finished")

@@ -94,7 +94,7 @@ def test_an_executor_that_gives_nothing_keeps_its_worker_only_for_a_moment(stage
     async def script(stage):
         await stage.said("Round committed", "round=1")
         leaver = stage.trainers()[0]
-        for executor in stage.executors(leaver):
+        for executor in stage.machines[leaver].executors():
             executor.fail("stall")
         told = trio.current_time()
         ask_to_leave(stage, leaver)

@@ -100,7 +100,7 @@ def commit(store, round_made, *, job_epoch=1):
         record_bytes=1,
         update_bytes=1,
     )
-    store.commit(store.round_entry(merged, (contribution,), job_epoch=job_epoch, nonce=f"n{round_made}"))
+    store.commit(store.round_entry((merged,), (contribution,), job_epoch=job_epoch, nonce=f"n{round_made}"))
 
 
 def train(store, tmp_path, rounds, *, stored=()):

@@ -16,11 +16,13 @@ from hypha.protocol.bridge import (
     EvaluationDone,
     Event,
     FetchHeldOut,
+    FetchOthers,
     FetchResume,
     FileRef,
     Merge,
     MergeDone,
     MergeFailed,
+    OthersFetched,
     ResumeFetched,
     RoundCommitted,
     Screen,
@@ -55,6 +57,7 @@ class Aggregator:
     def __init__(self, line: Line, job: JobSpec, work_dir: Path, body: Body) -> None:
         self.line, self.job, self.work_dir, self.body = line, job, work_dir, body
         self.fragments = Fragments(weights.SHAPES, job.streaming)
+        self.mine = weights.shares(self.fragments, job.shards)[job.shard]
         self.outcome: MergeDone | None = None
         self.files: dict[int, set[str]] = {}
         self.over = False
@@ -81,17 +84,17 @@ class Aggregator:
         for record in fetched.records:
             round_ += 1
             names = self.fragments.of(round_)
-            gradient = weights.read(self.work_dir / record.path, names)
+            gradient = self._read(record, names)
             theta, velocity, _ = weights.step(theta, velocity, gradient, self.job.outer, names)
         self.body.note(f"state of round {round_} restored from round {fetched.round}")
         model = self._write(f"model-{round_}-replayed", theta)
         return State(round_, model, self._write(f"momentum-{round_}-replayed", velocity))
 
-    def _read(self, file: FileRef) -> weights.Vector:
-        return weights.read(self.work_dir / file.path)
+    def _read(self, file: FileRef, names: Collection[str] = weights.SHAPES) -> weights.Vector:
+        return weights.read(self.work_dir / file.path, self.mine & set(names))
 
     def _write(self, name: str, vector: weights.Vector, names: Collection[str] = weights.SHAPES) -> FileRef:
-        return weights.write(self.work_dir / f"{name}.safetensors", vector, self.work_dir, names)
+        return weights.write(self.work_dir / f"{name}.safetensors", vector, self.work_dir, self.mine & set(names))
 
     async def take(self, event: Event) -> None:
         """Act on one event."""
@@ -111,8 +114,7 @@ class Aggregator:
         await self.body.work(SCREEN_S)
         path = self.work_dir / event.file.path
         # Whoever sent it may have been dropped while it waited here.
-        names = self.fragments.of(event.round)
-        sound = path.is_file() and bool(np.isfinite(weights.read(path, names)).all())
+        sound = path.is_file() and bool(np.isfinite(self._read(event.file, self.fragments.of(event.round))).all())
         await self.line.report(Screened(ticket=event.ticket, refusal=None if sound else "it is not finite"))
 
     async def merge(self, event: Merge) -> None:
@@ -136,7 +138,7 @@ class Aggregator:
     def _merged(self, event: Merge) -> MergeDone:
         inputs = sorted(event.inputs, key=lambda one: (one.peer_id, one.fence))
         names = self.fragments.of(event.round)
-        deltas = [(weights.read(self.work_dir / one.file.path, names), one.samples) for one in inputs]
+        deltas = [(self._read(one.file, names), one.samples) for one in inputs]
         theta, velocity, gradient = self._read(self.state.model), self._read(self.state.momentum), weights.mean(deltas)
         theta, velocity, update = weights.step(theta, velocity, gradient, self.job.outer, names)
         whole, moved = {"model": theta, "momentum": velocity}, {"record": gradient, "update": update}
@@ -168,12 +170,18 @@ class Aggregator:
 
     def _evaluate(self, round_: int, digest: str) -> None:
         every = self.job.rounds.evaluate_every
-        if every and (round_ % every == 0 or round_ == self.job.rounds.updates):
+        if every and self.job.shard == 0 and (round_ % every == 0 or round_ == self.job.rounds.updates):
             self.body.nursery.start_soon(self._evaluation, round_, digest)
 
     async def _evaluation(self, round_: int, digest: str) -> None:
         try:
             await self.line.fetch_patiently(FetchHeldOut(), leave=lambda: self.over)
+            if self.job.shards > 1:
+                request = FetchOthers(round=round_, digest=digest)
+                others = await self.line.fetch_patiently(request, leave=lambda: self.over)
+                assert isinstance(others, OthersFetched)
+                for file in others.files:
+                    (self.work_dir / file.path).unlink()
         except BridgeRefused as refusal:
             self.body.note(f"no evaluation: {refusal}")
             return

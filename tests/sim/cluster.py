@@ -91,7 +91,7 @@ class Cluster:
             self._add(GatewayMachine, f"gateway-{number}")
         for number in range(scenario.data_nodes):
             self._add(DataMachine, f"data-{number}").dataset = files
-        for number in range(scenario.trainers + 1 + scenario.spares):
+        for number in range(scenario.trainers + scenario.parameter_servers + scenario.spares):
             self._add_worker(f"worker-{number}", number)
         first = self._add(SchedulerMachine, "scheduler")
         first.config = self._config()
@@ -142,6 +142,7 @@ class Cluster:
                 workers=scenario.trainers,
                 min_workers=1,
                 max_workers=scenario.trainers + scenario.growth,
+                parameter_servers=scenario.parameter_servers,
                 executor="sim",
                 worker=Resources(cpu=1.0),
                 parameter_server=Resources(cpu=1.0),

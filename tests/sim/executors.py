@@ -14,7 +14,7 @@ import numpy as np
 import trio
 
 from hypha.errors import HyphaError
-from hypha.protocol.bridge import ExecutorFailed, Send
+from hypha.protocol.bridge import ExecutorFailed, FileRef, Send
 from hypha.worker.process import Executor, Launch
 from tests.sim import weights
 from tests.sim.aggregator import Aggregator
@@ -94,9 +94,12 @@ class SimExecutor:
             # More than was trained on, and than was granted.
             more = msgspec.structs.replace(first, stop=first.stop + GRANTED_MAX)
             return msgspec.structs.replace(update, intervals=(more, *others), samples=update.samples + GRANTED_MAX)
-        path = self.what.directory / f"{update.file.path}.spoilt"
-        file = weights.write(path, np.full(weights.ELEMENTS, np.nan, np.float32), self.what.directory)
-        return msgspec.structs.replace(update, file=file)
+        return msgspec.structs.replace(update, files=tuple(self._spoilt(file.path) for file in update.files))
+
+    def _spoilt(self, sound: str) -> FileRef:
+        root = self.what.directory
+        nowhere = np.full(weights.ELEMENTS, np.nan, np.float32)
+        return weights.write(root / f"{sound}.spoilt", nowhere, root, weights.names_in(root / sound))
 
     async def run(self) -> None:
         """Live, from the start to the exit."""

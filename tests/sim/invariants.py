@@ -31,6 +31,7 @@ from hypha.protocol.messages import (
     SliceGrant,
     SliceRequest,
 )
+from hypha.protocol.shards import kind_of
 from hypha.store.blobs import Artifact, Blobs
 from hypha.store.chain import Chain
 from hypha.store.objects import DirectoryObjects
@@ -62,7 +63,12 @@ class Invariants:
         from tests.sim.cluster import MODEL_SEED, OUTER
 
         self._cluster = cluster
-        self._reference = Reference(seed=MODEL_SEED, sizes=cluster.scenario.slices, outer=OUTER)
+        self._reference = Reference(
+            seed=MODEL_SEED,
+            sizes=cluster.scenario.slices,
+            outer=OUTER,
+            shards=cluster.scenario.parameter_servers,
+        )
         self._objects = DirectoryObjects(cluster.store)
         self._chain = Chain(self._objects)
         self._operations = 0
@@ -72,7 +78,7 @@ class Invariants:
         self._dead_since: dict[str, float] = {}
         self._heard: dict[str, float] = {}
         self._committed: dict[int, str] = {}
-        self._merged: dict[int, str] = {}
+        self._merged: dict[tuple[int, str], str] = {}  # by close and lease
         self._seen_view: dict[str, tuple[int, int]] = {}
         self._standing: dict[str, tuple[int, int]] = {}  # newest view of each session, by lease
         self._epochs: dict[str, int] = {}  # newest that renewed, by lease
@@ -252,7 +258,7 @@ class Invariants:
 
     def _look_at_merge(self, request: CloseRound, answer: Message) -> None:
         if isinstance(answer, Merged):
-            known = self._merged.setdefault(request.close, answer.model_digest)
+            known = self._merged.setdefault((request.close, request.lease_id), answer.model_digest)
             if known != answer.model_digest:
                 raise Broken(
                     "L5 the same close, the same merge", f"close {request.close} was merged twice, differently"
@@ -300,14 +306,15 @@ class Invariants:
             raise Broken("the job finishes", f"{reference.round} of {scenario.rounds} rounds are in the chain")
         if scenario.flavour == "calm" and self._cluster.chronicle.warnings:
             raise Broken("a calm run has no warnings", self._cluster.chronicle.warnings[0])
-        self._look_over_model(Artifact(kind="model", round=reference.round, digest=reference.model_digest))
+        for shard, digest in enumerate(reference.model_digests):
+            self._look_over_model(Artifact(kind=kind_of("model", shard), round=reference.round, digest=digest))
         if book.samples != reference.samples:
             raise Broken("L6 samples", f"{book.samples} counted, {reference.samples} in the chain")
         self._look_over_workers()
 
     def _look_over_model(self, final: Artifact) -> None:
         with unseen(self._cluster.store):
-            if final.name not in self._objects.names("model"):
+            if final.name not in self._objects.names(final.kind):
                 raise Broken("the final model is stored", f"{final.name} is not there")
             try:
                 Blobs(self._objects).verify(final)

@@ -5,10 +5,14 @@ entry r ─▶ contributions: samples named ─▶ their pseudo-gradients on mod
 of a round's fragment, where the job has fragments
 """
 
+from collections.abc import Collection
+from hashlib import sha256
+
 from hypha.protocol.fragments import Fragments, Streaming
 from hypha.protocol.job import OuterOptimizer
 from hypha.protocol.manifest import RoundCommitted
 from hypha.protocol.messages import Contribution, Interval
+from hypha.protocol.shards import whole_digest
 from tests.sim import dataset, weights
 
 
@@ -22,6 +26,7 @@ class Reference:
         sizes: tuple[int, ...],
         outer: OuterOptimizer,
         streaming: Streaming = Streaming(),  # noqa: B008 - frozen
+        shards: int = 1,
     ) -> None:
         self.round = 0
         self.samples = 0
@@ -29,14 +34,18 @@ class Reference:
         self._sizes = sizes
         self._fragments = Fragments(weights.SHAPES, streaming)
         self._outer = outer
+        self._shares = weights.shares(self._fragments, shards)
         self._theta = weights.initial(seed)
         self._velocity = weights.zeros()
         self._used: dict[int, set[int]] = {}
 
     @property
-    def model_digest(self) -> str:
-        """Of the model after the newest round."""
-        return weights.digest(self._theta)
+    def model_digests(self) -> tuple[str, ...]:
+        """Of the model after the newest round, by shard."""
+        return self._digests(self._theta, weights.SHAPES)
+
+    def _digests(self, vector: weights.Vector, names: Collection[str]) -> tuple[str, ...]:
+        return tuple(weights.digest(vector, share & set(names)) for share in self._shares)
 
     def commit(self, entry: RoundCommitted) -> list[str]:
         """Take the next round; returns every way in which it is not what it must be."""
@@ -44,21 +53,23 @@ class Reference:
         faults = []
         if merged.round != self.round + 1:
             faults.append(f"L5: round {merged.round} committed after round {self.round}")
-        if merged.base_digest != self.model_digest:
+        if tuple(each.base_digest for each in entry.shards) != self.model_digests:
             faults.append(f"L5: round {merged.round} starts from another model than round {self.round} left")
         faults += [fault for each in entry.contributions for fault in self._use(each)]
         named = [(self._delta(c), c.samples) for c in self._ordered(entry.contributions) if c.samples]
         gradient, moved = weights.mean(named), self._fragments.of(merged.round)
         self._theta, self._velocity, update = weights.step(self._theta, self._velocity, gradient, self._outer, moved)
         self.round = merged.round
-        expected = {
-            "model": (weights.digest(self._theta), merged.model_digest),
-            "momentum": (weights.digest(self._velocity), merged.momentum_digest),
-            "record": (weights.digest(gradient, moved), merged.record_digest),
-            "update": (weights.digest(update, moved), merged.update_digest),
+        made = {
+            "model": (self._theta, weights.SHAPES),
+            "momentum": (self._velocity, weights.SHAPES),
+            "record": (gradient, moved),
+            "update": (update, moved),
         }
-        for part, (wanted, found) in expected.items():
-            if wanted != found:
+        for part, (vector, names) in made.items():
+            found = tuple(getattr(each, f"{part}_digest") for each in entry.shards)
+            wanted = self._digests(vector, names)
+            if (found, getattr(merged, f"{part}_digest")) != (wanted, whole_digest(wanted, sha256)):
                 faults.append(f"the {part} of round {merged.round} is not what its contributions make")
         return faults
 
@@ -89,6 +100,6 @@ class Reference:
         self.samples += contribution.samples
         self.epochs = sum(len(used) == sum(self._sizes) for used in self._used.values())
         moved = self._fragments.of(contribution.round)
-        if weights.digest(self._delta(contribution), moved) != contribution.digest:
+        if whole_digest(self._digests(self._delta(contribution), moved), sha256) != contribution.digest:
             faults.append(f"the contribution of {who} is not what its samples and base give")
         return faults

@@ -26,6 +26,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
     seed: int
     flavour: str = "calm"
     trainers: int = 3
+    parameter_servers: int = 1
     growth: int = 0  # so many more are welcome
     spares: int = 1
     data_nodes: int = 2
@@ -95,4 +96,5 @@ def draw(seed: int) -> Scenario:
         paces=tuple(chance.choice((0.15, 0.3, 0.3, 0.7)) for _ in range(8)),
         profile=flavours.profile(flavour, chance),
         faults=flavours.faults(flavour, chance, ttl_s=ttl_s),
+        parameter_servers=chance.choice((1, 2)),
     )

@@ -104,7 +104,7 @@ class Situations:
                 continue
             book = coordinator.book
             self._look_at_members((book.job_epoch, book.round), book.members)
-            if book.servers and not self._servers >= book.servers.keys():
+            if book.servers and not self._servers >= set(book.servers):
                 self._look_at_servers(set(book.servers))
 
     def _look_at_members(self, when: tuple[int, int], members: set[Member]) -> None:

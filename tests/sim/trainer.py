@@ -5,7 +5,7 @@
 What to do next is decided by the real rules, `hypha.training.standing`; samples are asked for one grant ahead, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,7 @@ from hypha.protocol.bridge import (
     FetchBase,
     Fetched,
     FetchSamples,
+    FileRef,
     Finish,
     Instruction,
     NoSamples,
@@ -132,6 +133,7 @@ class Trainer:
     def __init__(self, line: Line, job: JobSpec, work_dir: Path, body: Body, batch_s: float) -> None:
         self.line, self.job, self.work_dir, self.body, self.batch_s = line, job, work_dir, body, batch_s
         self.fragments = Fragments(weights.SHAPES, job.streaming)
+        self.shares = weights.shares(self.fragments, job.shards)
         self.outlook = standing.Outlook()
         self.kept: dict[int, Kept] = {}
         self.here = 0
@@ -166,7 +168,7 @@ class Trainer:
         self._listen()
         self.outlook.forget_updates_from(fetched.round)
         self.body.note(f"base of round {fetched.round} fetched")
-        await self._stand(fetched.round, weights.read(self.work_dir / fetched.file.path), fetched.file.digest)
+        await self._stand(fetched.round, self._read(fetched.files), fetched.digest)
 
     async def apply(self, arrived: UpdateArrived) -> None:
         """Stand on θ_base − U, if that is what the parameter server says it is; else on what it holds."""
@@ -180,10 +182,10 @@ class Trainer:
         """The base that an outer update leads to; None where it does not lead to the parameter server's."""
         base = self.kept[arrived.round].base
         del self.outlook.updates[arrived.round]
-        path = self.work_dir / arrived.file.path
-        result = base - weights.read(path, self.fragments.of(arrived.round))
-        path.unlink()
-        if weights.digest(result) != arrived.model_digest:
+        result = base - self._read(arrived.files, self.fragments.of(arrived.round))
+        for file in arrived.files:
+            (self.work_dir / file.path).unlink()
+        if tuple(weights.digest(result, names) for names in self.shares) != arrived.parts:
             self.body.note(f"update of round {arrived.round} leads elsewhere")
             return None
         return result
@@ -212,7 +214,8 @@ class Trainer:
         for number in [one for one in self.kept if one <= round_ and one != self.here]:
             update = self.kept.pop(number).update
             if update is not None:
-                (self.work_dir / update.file.path).unlink(missing_ok=True)
+                for file in update.files:
+                    (self.work_dir / file.path).unlink(missing_ok=True)
 
     # --- one round ---
 
@@ -327,16 +330,25 @@ class Trainer:
 
     def _update(self, kept: Kept, used: Sequence[Interval], samples: Sequence[int]) -> SendUpdate:
         delta = weights.pseudo_gradient(samples, kept.base)
-        path, names = self.work_dir / f"update-{self.here}.safetensors", self.fragments.of(self.here)
-        file = weights.write(path, delta, self.work_dir, names)
+        moved = self.fragments.of(self.here)
+        files = [
+            weights.write(self.work_dir / f"update-{self.here}-{n}.safetensors", delta, self.work_dir, moved & names)
+            for n, names in enumerate(self.shares)
+        ]
         return SendUpdate(
             round=self.here,
             base_digest=kept.digest,
-            file=file,
+            files=tuple(files),
             samples=len(samples),
             intervals=tuple(sorted(used)),
             loss=1.0 if samples else 0.0,
         )
+
+    def _read(self, files: Sequence[FileRef], names: Collection[str] = weights.SHAPES) -> weights.Vector:
+        whole = weights.zeros()
+        for file, share in zip(files, self.shares, strict=True):
+            whole += weights.read(self.work_dir / file.path, share & set(names))
+        return whole
 
     # --- listening ---
 

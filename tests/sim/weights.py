@@ -7,6 +7,7 @@ Every file is canonical SafeTensors, so equal numbers have equal digests. A file
 vector has all elements, those of other tensors being zero.
 """
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from hypha.protocol.bridge import FileRef
+from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import OuterOptimizer
+from hypha.protocol.shards import split
 from hypha.protocol.tensorfile import TensorSpec, layout, parse_header
 
 Vector = npt.NDArray[np.float32]  # all elements of the model, in file order
@@ -68,6 +71,12 @@ def step(
     return theta - update, speed, update
 
 
+def shares(fragments: Fragments, shards: int) -> list[frozenset[str]]:
+    """Return the names of the tensors that each of so many parameter servers has."""
+    sizes = {name: 4 * math.prod(shape) for name, shape in SHAPES.items()}
+    return [frozenset(names) for names in split(sizes, shards, fragments.parts)]
+
+
 def to_bytes(vector: Vector, names: Collection[str] = SHAPES) -> bytes:
     """The file that holds these numbers of these tensors."""
     header, _ = layout([TensorSpec(name, "F32", SHAPES[name]) for name in names])
@@ -84,6 +93,12 @@ def write(path: Path, vector: Vector, root: Path, names: Collection[str] = SHAPE
     data = to_bytes(vector, names)
     path.write_bytes(data)
     return FileRef(path=str(path.relative_to(root)), bytes=len(data), digest=blake3(data).hexdigest())
+
+
+def names_in(path: Path) -> frozenset[str]:
+    """Return the names of the tensors in a file."""
+    data = path.read_bytes()
+    return frozenset(parse_header(data[: 8 + int.from_bytes(data[:8], "little")], file_bytes=len(data)).tensors)
 
 
 def read(path: Path, names: Collection[str] = SHAPES) -> Vector:

@@ -12,7 +12,7 @@ from hypha.protocol.compression import CODECS, PLAIN, Coding, Compression
 from hypha.protocol.job import JobSpec, OuterOptimizer, ResumePoint, Rounds
 from hypha.protocol.messages import Interval
 from hypha.scheduler.config import JobConfig
-from hypha.training import aggregate, kept, outer, tensors
+from hypha.training import aggregate, kept, outer, shares, tensors
 from hypha.training.coded import CodedReader
 from tests.training.running import finish, start_server, start_workers
 from tests.training.test_aggregate import NoEvaluation, Reports
@@ -296,9 +296,9 @@ def test_a_worker_adds_what_it_owes_to_its_next_update(tmp_path, monkeypatch):
 
 
 def test_only_an_accepted_update_changes_what_is_owed_and_of_its_fragment_alone(tmp_path):
-    old, other, lost = tmp_path / "lost-2", tmp_path / "lost-3", tmp_path / "lost-4"
+    old, other, lost = ((tmp_path / f"lost-{n}",) for n in (2, 3, 4))
     book = kept.Book(tmp_path)
-    book[4] = kept.Kept(tmp_path / "base", "d", inner=None, fragment=1, owed={0: other, 1: old}, lost=lost)
+    book[4] = kept.Kept((tmp_path / "base",), "d", inner=None, fragment=1, owed={0: other, 1: old}, lost=lost)
     assert book.owed(5) == {0: other, 1: old}
     book[4].contributed = True
     assert book.owed(5) == {0: other, 1: lost}
@@ -310,8 +310,8 @@ def test_only_an_accepted_update_changes_what_is_owed_and_of_its_fragment_alone(
 def test_no_two_workers_round_alike():
     mine, theirs = (Interval(epoch=0, slice=1, start=start, stop=start + 8) for start in (0, 8))
     first, again, other, later = (
-        torch.rand(4, generator=kept.generator_of(base, used))
-        for base, used in (("d", [mine]), ("d", [mine]), ("d", [theirs]), ("e", [mine]))
+        torch.rand(4, generator=shares.generator_of(round_, used, "w"))
+        for round_, used in ((1, [mine]), (1, [mine]), (1, [theirs]), (2, [mine]))
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -366,8 +366,8 @@ def test_more_fragments_than_layers_end_the_executor_with_the_reason(tmp_path, k
 def test_mixing_goes_part_of_the_way_and_only_in_the_fragment(tmp_path):
     base = tensors.save(tmp_path / "base", {"a": torch.ones(3), "b": torch.ones(2)}).path
     mine = {"a": torch.zeros(3), "b": torch.zeros(2)}
-    local.mix(mine, base, fragment={"a"}, weight=0.25)
+    local.mix(mine, [base], fragment={"a"}, weight=0.25)
     assert torch.equal(mine["a"], torch.full((3,), 0.25))
     assert torch.equal(mine["b"], torch.zeros(2))
-    local.mix(mine, base, fragment={"b"}, weight=1.0)
+    local.mix(mine, [base], fragment={"b"}, weight=1.0)
     assert torch.equal(mine["b"], torch.ones(2))

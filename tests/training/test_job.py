@@ -154,7 +154,7 @@ def test_a_close_that_was_lost_is_undone_and_the_update_sent_again(tmp_path):
         assert job.rounds[1].close > job.lost.close
         for name in ("worker-0", "worker-1"):
             first, again = [update for sender, update in job.sent if sender == name]
-            assert (first.file, first.intervals) == (again.file, again.intervals)
+            assert (first.files, first.intervals) == (again.files, again.intervals)
     # Round 3 begins with the inner state that round 2 left, although round 3 had been begun before.
     with SameRows(tmp_path / "calm", workers=2, sync_after=4) as calm:
         finish(calm, start_server(calm), start_workers(calm))

@@ -35,7 +35,10 @@ def view(number, round_, digest, **more):
 
 
 def update(round_, base, model, *, close=1):
-    return UpdateArrived(round=round_, close=close, base_digest=base * 64, model_digest=model * 64, file=FILE)
+    parts = (model * 64,)
+    return UpdateArrived(
+        round=round_, close=close, base_digest=base * 64, model_digest=model * 64, files=(FILE,), parts=parts
+    )
 
 
 def outlook(*events, settled=False):

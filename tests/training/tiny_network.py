@@ -180,7 +180,7 @@ class Job:
                 if self.base is None:
                     raise Refusal("no view yet", retry=True)
                 file = machine.bring(self.server.dir / self.base.path, f"base-{self.round}-{self.view}.safetensors")
-                return BaseFetched(round=self.round, file=file)
+                return BaseFetched(round=self.round, digest=file.digest, files=(file,))
             case FetchSamples(round=round_, wanted=wanted):
                 return self.grant(machine, round_, wanted)
             case FetchResume():
@@ -204,8 +204,9 @@ class Job:
         """The parameter server takes it, if it is of the open round and base."""
         if (update.round, update.base_digest) != (self.round, self.base.digest):
             return SendRebase(round=self.round, base_digest=self.base.digest)
-        source = machine.dir / update.file.path
-        assert ref(source, machine.dir) == update.file
+        (sent,) = update.files
+        source = machine.dir / sent.path
+        assert ref(source, machine.dir) == sent
         file = self.server.bring(source, f"spool-{update.round}-{machine.name}.safetensors")
         self.held[machine.name] = (update, file)
         self.server.bridge.push(Screen(ticket=len(self.held), round=update.round, file=file))
@@ -276,7 +277,8 @@ class Job:
                     close=done.close,
                     base_digest=self.base.digest,
                     model_digest=done.model.digest,
-                    file=file,
+                    files=(file,),
+                    parts=(done.model.digest,),
                 )
             )
 

@@ -78,7 +78,7 @@ def file_ref(directory: Path, name: str, data: bytes) -> FileRef:
 def update_of(file: FileRef, *, round: int = 1, base: str = "model 0", samples: int = 2) -> SendUpdate:
     interval = Interval(epoch=0, slice=0, start=0, stop=samples)
     intervals = (interval,) if samples else ()
-    return SendUpdate(round=round, base_digest=digest_of(base), file=file, samples=samples, intervals=intervals)
+    return SendUpdate(round=round, base_digest=digest_of(base), files=(file,), samples=samples, intervals=intervals)
 
 
 class Stage:

@@ -95,8 +95,13 @@ async def test_an_executor_that_does_not_read_its_events_has_failed(autojump_clo
 async def test_the_base_comes_from_a_server_of_the_view(autojump_clock, play):
     play.see(opened())
     fetched = await play.session.fetch(bridge.FetchBase())
-    assert (fetched.round, fetched.file.digest, fetched.file.bytes) == (1, BASE, len(MODEL))
-    assert (play.session.context.directory / fetched.file.path).read_bytes() == MODEL
+    assert (fetched.round, fetched.digest, fetched.files[0].digest, fetched.files[0].bytes) == (
+        1,
+        BASE,
+        BASE,
+        len(MODEL),
+    )
+    assert (play.session.context.directory / fetched.files[0].path).read_bytes() == MODEL
 
 
 async def test_the_base_is_waited_for_until_there_is_a_view_and_retried_until_it_is_held(autojump_clock, play):
@@ -108,7 +113,7 @@ async def test_the_base_is_waited_for_until_there_is_a_view_and_retried_until_it
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(later)
-        assert (await play.session.fetch(bridge.FetchBase())).file.digest == BASE
+        assert (await play.session.fetch(bridge.FetchBase())).digest == BASE
     assert play.session.owed.silent_s() == 0
 
 
@@ -127,8 +132,8 @@ async def test_the_base_follows_the_newest_view_at_once(autojump_clock, play):
         moved = trio.current_time()
         play.see(opened(2, round=3, servers=(member("serv-2"),)))
     assert trio.current_time() - moved < 1  # not the patience of a server that is gone
-    assert (got[0].round, got[0].file.digest, len(second.fetched)) == (3, BASE, 1)
-    assert play.files() == [got[0].file.path]
+    assert (got[0].round, got[0].digest, len(second.fetched)) == (3, BASE, 1)
+    assert play.files() == [got[0].files[0].path]
 
 
 async def test_samples_are_asked_for_once_the_round_is_open_and_come_as_a_verified_slice(
@@ -216,7 +221,7 @@ async def test_a_slice_nobody_provides_is_worth_another_question(autojump_clock,
 
 
 async def test_a_training_executor_has_no_resume_point(autojump_clock, play):
-    with pytest.raises(RemoteProtocolError, match="no resume point"):
+    with pytest.raises(RemoteProtocolError, match="fetches the base, nothing else"):
         await play.session.fetch(bridge.FetchResume())
 
 

@@ -18,6 +18,7 @@ from hypha.protocol.messages.base import (
     Seconds,
     SignedAddresses,
 )
+from hypha.protocol.shards import SHARDS_MAX
 
 
 class Member(Struct, frozen=True, order=True, kw_only=True):
@@ -62,6 +63,9 @@ class RoundView(Request[Ack], frozen=True, kw_only=True):
     committed_round: Count  # the newest durable round: older state may be forgotten
     committed_digest: Digest
     final: bool = False  # no round follows: finish and exit
+    # With several parameter servers: the shard that each of `servers` has, and the base's digests by shard.
+    shards: Annotated[tuple[Count, ...], Meta(max_length=SHARDS_MAX)] = ()
+    parts: Annotated[tuple[Digest, ...], Meta(max_length=SHARDS_MAX)] = ()
 
 
 class RoundMessage(Request[R], Generic[R], frozen=True, kw_only=True):
@@ -142,7 +146,10 @@ class Ready(RoundMessage[Ack], frozen=True, kw_only=True):
 
 
 class Contribution(Struct, frozen=True, kw_only=True):
-    """An accepted pseudo-gradient, described; its tensors lie at the parameter server. samples == 0 is allowed."""
+    """An accepted pseudo-gradient, described; its tensors lie at the parameter servers. samples == 0 is allowed.
+
+    `digest` and `bytes` are the whole's, however many servers share it.
+    """
 
     peer_id: PeerId
     fence: Count
@@ -157,7 +164,10 @@ class Contribution(Struct, frozen=True, kw_only=True):
 
 
 class Merged(Message, frozen=True, kw_only=True):
-    """The outcome of one CloseRound: what was applied and what the model became, by digest, with sizes in bytes."""
+    """The outcome of one CloseRound: what was applied and what the model became, by digest, with sizes in bytes.
+
+    From a server it is about that server's shard; in the chain, about the whole.
+    """
 
     round: Count
     close: Count
@@ -193,7 +203,7 @@ class CloseRound(RoundMessage[Merged | Merging], frozen=True, kw_only=True):
 
     view: Count
     close: Count
-    base_digest: Digest
+    base_digest: Digest  # of the server's shard
     contributors: Annotated[tuple[tuple[PeerId, Count, Digest], ...], Meta(max_length=MEMBERS_MAX)]
 
 
@@ -204,6 +214,7 @@ class Committed(Request[Ack], frozen=True, kw_only=True):
     job_epoch: Count
     round: Count
     digest: Digest
+    parts: Annotated[tuple[Digest, ...], Meta(max_length=SHARDS_MAX)] = ()  # with several shards: the model's
 
 
 class Evaluated(RoundMessage[Ack], frozen=True, kw_only=True):

@@ -1,16 +1,37 @@
 """Headers and answers of tensor streams, and health."""
 
-from msgspec import field
+from typing import Annotated
+
+from msgspec import Meta, Struct, field
 
 from hypha.protocol.messages.base import Count, Digest, Message, Name, PeerId, Reason, Request, Seconds
 from hypha.protocol.messages.rounds import Contribution, RoundMessage
+from hypha.protocol.shards import SHARDS_MAX
+
+
+class PartRef(Struct, frozen=True, kw_only=True):
+    """One shard's part of an update: its size in bytes and its digest."""
+
+    bytes: Count
+    digest: Digest
 
 
 class PushUpdate(RoundMessage[Message], frozen=True, kw_only=True):
-    """Worker → parameter server stream: header, then `contribution.bytes` bytes; answered by one of the three below."""
+    """Worker → parameter server stream: header, then the bytes of its shard; answered by one of the three below.
+
+    `parts` are all shards' parts of the contribution; empty where one server has the whole.
+    """
 
     view: Count
     contribution: Contribution
+    shard: Count = 0
+    parts: Annotated[tuple[PartRef, ...], Meta(max_length=SHARDS_MAX)] = ()
+
+    @property
+    def part(self) -> PartRef:
+        """What follows the header. Raises IndexError where there is no such shard."""
+        whole = PartRef(bytes=self.contribution.bytes, digest=self.contribution.digest)
+        return (self.parts or (whole,))[self.shard]
 
 
 class Accepted(Message, frozen=True, kw_only=True):
@@ -33,7 +54,10 @@ class UpdateRefused(Message, frozen=True, kw_only=True):
 
 
 class OuterUpdate(Message, frozen=True, kw_only=True):
-    """Parameter server → worker stream: header, then `bytes` bytes; the worker answers Accepted or a Failure."""
+    """Parameter server → worker stream: header, then `bytes` bytes; the worker answers Accepted or a Failure.
+
+    All digests are those of the server's shard.
+    """
 
     job_id: Name
     job_epoch: Count
@@ -45,6 +69,7 @@ class OuterUpdate(Message, frozen=True, kw_only=True):
     model_digest: Digest
     digest: Digest
     bytes: Count
+    shard: Count = 0
 
 
 class FetchModel(Message, frozen=True, kw_only=True):
@@ -52,7 +77,7 @@ class FetchModel(Message, frozen=True, kw_only=True):
 
     job_id: Name
     job_epoch: Count
-    part: Name  # "model", "momentum", "record", "update"
+    part: Name  # "model", "momentum", "record", "update", of shard 0; "model-1" … of the others
     round: Count
     digest: Digest
     offset: Count = 0

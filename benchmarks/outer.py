@@ -1,0 +1,174 @@
+"""The outer round against peers: seconds from the last worker's push to the last worker's loaded update.
+
+    hypha      gateway, data node, scheduler, parameter server, workers and executors as real processes over mutual TLS;
+               only forward and backward are left out (outer_executor). All push at once: the worst case
+    hivemind   DecentralizedAverager.step, every peer in a process with its own p2pd     without TLS where a system
+    flower     FedAvg over gRPC, start_server and start_client                           does not use it by itself
+    torchft    Manager.allreduce over Gloo, the quorum standing already
+
+One system at a time, on each point one after the other; fp32, the same bytes. The first round warms up; figures are
+ratios of medians. Processor seconds are of all processes of a system, and tell more than seconds on a busy machine.
+`--points 2x25,8x400` chooses, `--repetitions`, `--work DIR` says where files of the product's nodes go.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.outer_nodes import Cluster, nodes, prepare, start
+from benchmarks.outer_peers import rounds_of
+from benchmarks.outer_watch import Watch
+from benchmarks.report import Figure, print_report
+
+POINTS = "2x25,4x25,8x25,2x100,4x100,8x100,2x400,4x400,8x400"
+SYSTEMS = ("hypha", "hivemind", "flower", "torchft")
+FASTER_THAN = ("hivemind", "flower")
+REPETITIONS = 3
+# Eight workers and as many copies of 400 MB each: fewer repetitions, so that a run ends within the hour.
+LARGE_BYTES, LARGE_REPETITIONS = 1_600_000_000, 2
+MEMORY_WANTED_MODELS = 3.2
+# What the server's executor takes before it has a model: interpreter, torch, the bridge's client. A cluster with a
+# model of one layer tells.
+EMPTY_MEGABYTES = 4
+FP32_BYTES = 4
+MIB = 2**20
+
+
+def hypha(cluster: Cluster) -> tuple[list[dict[str, Any]], float]:
+    """Run a job; returns what each round took and the most memory of the server's executor in MiB."""
+    prepare(cluster)
+    with nodes(cluster) as running:
+        scheduler = start(cluster, "scheduler", "scheduler")
+        roots = {name: process.pid for name, process in running.processes.items()} | {"scheduler": scheduler.pid}
+        with Watch(roots) as watch:
+            code = scheduler.wait()
+    if code != 0:
+        raise RuntimeError(f"the scheduler ended with {code}: {cluster.directory / 'logs'}")
+    events = _events(cluster.directory / "notes")
+    rounds = []
+    for number in range(1, cluster.rounds + 1):
+        pushes, loads = events[number, "push"], events.get((number + 1, "loaded"), [])
+        if len(pushes) != cluster.workers or len(loads) != cluster.workers:
+            continue  # somebody came late: not the round that is meant
+        began = max(one["at"] for one in pushes)
+        phases = {"pushed": events[number, "pushed"], "arrived": events[number, "arrived"], "loaded": loads}
+        ended = max(one["at"] for one in loads)
+        cpu = watch.between(began, ended)
+        rounds.append(
+            {
+                "s": round(ended - began, 3),
+                "cpu_s": round(sum(cpu.values()), 2),
+                "cpu_of": cpu,
+                **{phase: round(max(one["at"] for one in those) - began, 3) for phase, those in phases.items()},
+                "weights": [one["samples"] for one in pushes],
+            }
+        )
+    return rounds, watch.peak_mib["server executor"]
+
+
+def _events(notes: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for path in notes.glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            one = json.loads(line)
+            found.setdefault((one["round"], one["event"]), []).append(one)
+    return found
+
+
+def measured(point: tuple[int, int], system: str, work: Path, repetitions: int) -> dict[str, Any]:
+    """Run one system at one point."""
+    workers, megabytes = point
+    with tempfile.TemporaryDirectory(prefix="hypha-bench-") as folder, tempfile.TemporaryDirectory(dir=work) as files:
+        cluster = Cluster(
+            directory=Path(folder),
+            work=Path(files),
+            workers=workers,
+            megabytes=megabytes,
+            rounds=repetitions + 1,
+        )
+        if system == "hypha":
+            rounds, peak = hypha(cluster)
+        else:
+            rounds, peak = rounds_of(system, workers, cluster.model_bytes // FP32_BYTES, repetitions + 1), 0.0
+    kept = rounds[1:] or rounds
+    seconds = [one["s"] for one in kept]
+    return {
+        "median_s": round(statistics.median(seconds), 3),
+        "spread_s": [min(seconds), max(seconds)],
+        "median_cpu_s": round(statistics.median(one["cpu_s"] for one in kept), 2),
+        "rounds": rounds,
+        "peak_mib": round(peak, 1),
+        "model_mib": round(cluster.model_bytes / MIB, 1),
+    }
+
+
+def run(points: list[tuple[int, int]], systems: list[str], work: Path, repetitions: int) -> dict[str, dict[str, Any]]:
+    """Run every system on every point; a system that fails on one is said to have."""
+    found: dict[str, dict[str, Any]] = {}
+    for workers, megabytes in points:
+        large = workers * megabytes * 1_000_000 > LARGE_BYTES
+        for system in systems:
+            name, began = f"{workers}x{megabytes}", time.perf_counter()
+            try:
+                got = measured(
+                    (workers, megabytes), system, work, min(repetitions, LARGE_REPETITIONS) if large else repetitions
+                )
+            except (RuntimeError, OSError) as error:
+                got = {"failed": str(error)}
+            found.setdefault(name, {})[system] = got
+            said = got.get("failed") or f"{got['median_s']} s, {got['median_cpu_s']} processor seconds"
+            print(f"{name} {system}: {said} (run {time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
+    return found
+
+
+def figures_of(found: dict[str, dict[str, Any]], empty_mib: float) -> list[Figure]:
+    """Compare with what is wanted."""
+    figures, models = [], []
+    for name, systems in found.items():
+        ours = systems.get("hypha", {})
+        if "median_s" not in ours:
+            continue
+        models.append((ours["peak_mib"] - empty_mib) / ours["model_mib"])
+        for other in FASTER_THAN:
+            if "median_s" in systems.get(other, {}):
+                figures += [
+                    Figure(
+                        f"{name}_{key}_to_{other}", round(ours[each] / systems[other][each], 3), 1.0, "lower", "ratio"
+                    )
+                    for key, each in (("seconds", "median_s"), ("processor_seconds", "median_cpu_s"))
+                ]
+    if models:
+        figures.append(Figure("server_peak_models", round(max(models), 2), MEMORY_WANTED_MODELS, "lower", "models"))
+    return figures
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", default=POINTS, help="workers x MB, comma between")
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
+    given = parser.parse_args()
+    points = [(int(left), int(right)) for left, right in (each.split("x") for each in given.points.split(","))]
+    empty = measured((2, EMPTY_MEGABYTES), "hypha", given.work, 1) if "hypha" in given.systems else {"peak_mib": 0.0}
+    found = run(points, given.systems.split(","), given.work, given.repetitions)
+    detail = {
+        "points": found,
+        "empty_mib": empty["peak_mib"],
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+        "disk_free_gb": round(shutil.disk_usage(given.work).free / 1e9),
+    }
+    print_report("outer", figures_of(found, empty["peak_mib"]), detail)
+
+
+if __name__ == "__main__":
+    main()
