@@ -45,7 +45,9 @@ WORKERS = 2
 BATCH = 16
 HELD_OUT_BATCHES = 16
 WARMUP_STEPS = 10
-OUTER = OuterOptimizer(learning_rate=0.7, momentum=0.9)
+# Not the paper's 0.7 and 0.9: in a dozen outer steps so much momentum overshoots more than it gains. With these, a run
+# of four outer steps of 50 inner ones ended 5.6 % above data-parallel, with the paper's 9.0 %, without momentum 4.8 %.
+OUTER = OuterOptimizer(learning_rate=0.9, momentum=0.5)
 CPU = torch.device("cpu")
 # Communicating 1/H as often may cost this much of the loss that data-parallel reaches on the same tokens.
 LOSS_RATIO_WANTED = 1.05

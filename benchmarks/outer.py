@@ -8,6 +8,7 @@
 
 One system at a time, on each point one after the other; fp32, the same bytes. The first round warms up; figures are
 ratios of medians. Processor seconds are of all processes of a system, and tell more than seconds on a busy machine.
+`--megabits 1000`: the product alone, every worker behind a link of that speed, beside bytes ÷ bandwidth (outer_links).
 `--points 2x25,8x400` chooses, `--repetitions`, `--work DIR` says where files of the product's nodes go.
 """
 
@@ -15,13 +16,19 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from benchmarks import outer_links
 from benchmarks.outer_nodes import Cluster, nodes, prepare, start
 from benchmarks.outer_peers import rounds_of
 from benchmarks.outer_watch import Watch
@@ -34,10 +41,13 @@ REPETITIONS = 3
 # Eight workers and as many copies of 400 MB each: fewer repetitions, so that a run ends within the hour.
 LARGE_BYTES, LARGE_REPETITIONS = 1_600_000_000, 2
 MEMORY_WANTED_MODELS = 3.2
+BOUND_WANTED = 1.3
 # What the server's executor takes before it has a model: interpreter, torch, the bridge's client. A cluster with a
 # model of one layer tells.
 EMPTY_MEGABYTES = 4
 FP32_BYTES = 4
+# A job of a few rounds; on a busy machine most of it is the start of its processes.
+JOB_S_MAX = 1_200.0
 MIB = 2**20
 
 
@@ -48,7 +58,10 @@ def hypha(cluster: Cluster) -> tuple[list[dict[str, Any]], float]:
         scheduler = start(cluster, "scheduler", "scheduler")
         roots = {name: process.pid for name, process in running.processes.items()} | {"scheduler": scheduler.pid}
         with Watch(roots) as watch:
-            code = scheduler.wait()
+            try:
+                code = scheduler.wait(JOB_S_MAX)
+            finally:
+                scheduler.kill()
     if code != 0:
         raise RuntimeError(f"the scheduler ended with {code}: {cluster.directory / 'logs'}")
     events = _events(cluster.directory / "notes")
@@ -82,17 +95,18 @@ def _events(notes: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
     return found
 
 
-def measured(point: tuple[int, int], system: str, work: Path, repetitions: int) -> dict[str, Any]:
-    """Run one system at one point."""
+def measured(point: tuple[int, int], system: str, work: Path, repetitions: int, megabits: int = 0) -> dict[str, Any]:
+    """Run one system at one point; `megabits` per second of every worker's link, 0 for the loopback."""
     workers, megabytes = point
-    with tempfile.TemporaryDirectory(prefix="hypha-bench-") as folder, tempfile.TemporaryDirectory(dir=work) as files:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hypha-bench-"))
+        files = stack.enter_context(tempfile.TemporaryDirectory(prefix="hypha-bench-", dir=work))
         cluster = Cluster(
-            directory=Path(folder),
-            work=Path(files),
-            workers=workers,
-            megabytes=megabytes,
-            rounds=repetitions + 1,
+            directory=Path(folder), work=Path(files), workers=workers, megabytes=megabytes, rounds=repetitions + 1
         )
+        if megabits:
+            stack.enter_context(outer_links.links(workers, megabits))
+            cluster = msgspec.structs.replace(cluster, **_placed(cluster))
         if system == "hypha":
             rounds, peak = hypha(cluster)
         else:
@@ -109,18 +123,27 @@ def measured(point: tuple[int, int], system: str, work: Path, repetitions: int) 
     }
 
 
-def run(points: list[tuple[int, int]], systems: list[str], work: Path, repetitions: int) -> dict[str, dict[str, Any]]:
+def _placed(cluster: Cluster) -> dict[str, Any]:
+    numbers = {name: number for number, name in enumerate(cluster.names)}
+    return {
+        "addresses": {name: outer_links.address(number) for name, number in numbers.items()},
+        "elsewhere": f"{outer_links.NETWORK}.1",
+        "prefix": {name: outer_links.inside(number) for name, number in numbers.items()},
+    }
+
+
+def run(
+    points: list[tuple[int, int]], systems: list[str], work: Path, repetitions: int, megabits: int
+) -> dict[str, dict[str, Any]]:
     """Run every system on every point; a system that fails on one is said to have."""
     found: dict[str, dict[str, Any]] = {}
     for workers, megabytes in points:
-        large = workers * megabytes * 1_000_000 > LARGE_BYTES
+        times = LARGE_REPETITIONS if workers * megabytes * 1_000_000 > LARGE_BYTES else repetitions
         for system in systems:
             name, began = f"{workers}x{megabytes}", time.perf_counter()
             try:
-                got = measured(
-                    (workers, megabytes), system, work, min(repetitions, LARGE_REPETITIONS) if large else repetitions
-                )
-            except (RuntimeError, OSError) as error:
+                got = measured((workers, megabytes), system, work, times, megabits)
+            except (RuntimeError, OSError, subprocess.SubprocessError, statistics.StatisticsError) as error:
                 got = {"failed": str(error)}
             found.setdefault(name, {})[system] = got
             said = got.get("failed") or f"{got['median_s']} s, {got['median_cpu_s']} processor seconds"
@@ -128,7 +151,7 @@ def run(points: list[tuple[int, int]], systems: list[str], work: Path, repetitio
     return found
 
 
-def figures_of(found: dict[str, dict[str, Any]], empty_mib: float) -> list[Figure]:
+def figures_of(found: dict[str, dict[str, Any]], empty_mib: float, megabits: int) -> list[Figure]:
     """Compare with what is wanted."""
     figures, models = [], []
     for name, systems in found.items():
@@ -136,17 +159,23 @@ def figures_of(found: dict[str, dict[str, Any]], empty_mib: float) -> list[Figur
         if "median_s" not in ours:
             continue
         models.append((ours["peak_mib"] - empty_mib) / ours["model_mib"])
-        for other in FASTER_THAN:
-            if "median_s" in systems.get(other, {}):
-                figures += [
-                    Figure(
-                        f"{name}_{key}_to_{other}", round(ours[each] / systems[other][each], 3), 1.0, "lower", "ratio"
-                    )
-                    for key, each in (("seconds", "median_s"), ("processor_seconds", "median_cpu_s"))
-                ]
+        if megabits:
+            bound = outer_links.bound_s(int(name.split("x")[0]), round(ours["model_mib"] * MIB), megabits)
+            ratio = round(ours["median_s"] / bound, 3)
+            figures.append(Figure(f"{name}_to_bound", ratio, BOUND_WANTED, "lower", "ratio"))
+        figures += [each for other in FASTER_THAN for each in _beside(name, ours, other, systems.get(other, {}))]
     if models:
         figures.append(Figure("server_peak_models", round(max(models), 2), MEMORY_WANTED_MODELS, "lower", "models"))
     return figures
+
+
+def _beside(name: str, ours: dict[str, Any], other: str, theirs: dict[str, Any]) -> list[Figure]:
+    if "median_s" not in theirs:
+        return []
+    return [
+        Figure(f"{name}_{key}_to_{other}", round(ours[each] / max(theirs[each], 0.01), 3), 1.0, "lower", "ratio")
+        for key, each in (("seconds", "median_s"), ("processor_seconds", "median_cpu_s"))
+    ]
 
 
 def main() -> None:
@@ -155,19 +184,23 @@ def main() -> None:
     parser.add_argument("--points", default=POINTS, help="workers x MB, comma between")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
+    parser.add_argument("--megabits", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that no node outlives this
     points = [(int(left), int(right)) for left, right in (each.split("x") for each in given.points.split(","))]
     empty = measured((2, EMPTY_MEGABYTES), "hypha", given.work, 1) if "hypha" in given.systems else {"peak_mib": 0.0}
-    found = run(points, given.systems.split(","), given.work, given.repetitions)
+    systems = ["hypha"] if given.megabits else given.systems.split(",")
+    found = run(points, systems, given.work, given.repetitions, given.megabits)
     detail = {
         "points": found,
         "empty_mib": empty["peak_mib"],
+        "megabits": given.megabits,
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
         "disk_free_gb": round(shutil.disk_usage(given.work).free / 1e9),
     }
-    print_report("outer", figures_of(found, empty["peak_mib"]), detail)
+    print_report("outer", figures_of(found, empty["peak_mib"], given.megabits), detail)
 
 
 if __name__ == "__main__":

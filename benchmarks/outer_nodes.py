@@ -38,6 +38,7 @@ class Cluster(Struct, frozen=True, kw_only=True):
     rounds: int
     codec: str = "none"
     addresses: dict[str, str] = {}
+    elsewhere: str = "127.0.0.1"  # address of nodes that have none of their own
     prefix: dict[str, tuple[str, ...]] = {}
 
     @property
@@ -57,7 +58,7 @@ class Cluster(Struct, frozen=True, kw_only=True):
 
     def address(self, name: str) -> str:
         """IP address of a node."""
-        return self.addresses.get(name, "127.0.0.1")
+        return self.addresses.get(name, self.elsewhere)
 
 
 def free_port() -> int:

@@ -162,6 +162,10 @@ def shares(bench: Bench, size: int) -> list[float]:
     found = []
     command = Command("slices", "large-blake3", [LARGE], str(bench.shm), FETCHERS // FETCHER_PROCESSES)
     for _ in range(REPETITIONS):
+        # All are to begin at once, and what is measured is the transfer: who provides it is found before.
+        for child in bench.fetchers:
+            child.ask(msgspec.structs.replace(command, names=[]))
+            child.answer(Done)
         for number, child in enumerate(bench.fetchers):
             place = bench.shm / str(number)
             place.mkdir(exist_ok=True)

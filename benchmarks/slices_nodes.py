@@ -22,8 +22,10 @@ import trio
 from benchmarks.certificates import Files
 from hypha.config import NodeConfig
 from hypha.data_node import DataNode, open_datasets
+from hypha.errors import HyphaError
 from hypha.network.fetch import Providers, fetch_manifest, fetch_slice
 from hypha.network.host import Libp2pNetwork, open_network
+from hypha.protocol.messages import SliceRef
 from hypha.runtime import RealRuntime
 
 PIECE_BYTES = 1 << 20
@@ -43,7 +45,10 @@ class Role(msgspec.Struct, frozen=True):
 
 
 class Command(msgspec.Struct, frozen=True):
-    """What to do: `cpu`, `blocking` (receive `bytes`), or `slices` (`names` in order, at each of so many `nodes`)."""
+    """What to do: `cpu`, `blocking` (receive `bytes`), or `slices` (`names` in order, at each of so many `nodes`).
+
+    Without names, the nodes find out who provides the dataset, one after the other.
+    """
 
     do: str
     dataset: str = ""
@@ -147,8 +152,21 @@ async def fetch(role: Role) -> None:
             if command.do == "blocking":
                 seconds = [await trio.to_thread.run_sync(_receive_blocking, role, command.bytes)]
             else:
-                seconds = await _all_at_once(workers[: command.nodes], command)
+                chosen = workers[: command.nodes]
+                seconds = (
+                    await _all_at_once(chosen, command)
+                    if command.names
+                    else [await worker.slices(command, "") for worker in chosen]
+                )
             say(Done(seconds, cpu_s() - before))
+
+
+class Known(msgspec.Struct, frozen=True):
+    """What a node has found out about a dataset."""
+
+    providers: Providers
+    refs: dict[str, SliceRef]
+    digest: str
 
 
 class Worker(msgspec.Struct, frozen=True):
@@ -156,17 +174,24 @@ class Worker(msgspec.Struct, frozen=True):
 
     network: Libp2pNetwork
     runtime: RealRuntime
-    providers: dict[str, Providers]
+    known: dict[str, Known]
+
+    async def find(self, dataset: str) -> Known:
+        """Find out who provides a dataset, and what is in it."""
+        providers = Providers(self.network, self.runtime, dataset)
+        manifest, digest = await fetch_manifest(self.network, self.runtime, providers)
+        await providers.ranked(digest)
+        return Known(providers, {ref.name: ref for ref in manifest.train}, digest)
 
     async def slices(self, command: Command, prefix: str) -> float:
-        """Fetch the slices in order; returns the seconds that took, manifest and lookup not included."""
-        providers = self.providers.setdefault(command.dataset, Providers(self.network, self.runtime, command.dataset))
-        manifest, digest = await fetch_manifest(self.network, self.runtime, providers)
-        refs = {ref.name: ref for ref in manifest.train}
+        """Fetch the slices in order; returns the seconds that took, without finding out who has them."""
+        if command.dataset not in self.known:
+            self.known[command.dataset] = await self.find(command.dataset)
+        at = self.known[command.dataset]
         started = time.perf_counter()
         for name in command.names:
             path = Path(command.directory) / f"{prefix}{name}"
-            await fetch_slice(self.network, self.runtime, providers, refs[name], path, manifest_digest=digest)
+            await fetch_slice(self.network, self.runtime, at.providers, at.refs[name], path, manifest_digest=at.digest)
             if len(command.names) > 1:
                 say(Done(path=str(path)))
         return time.perf_counter() - started
@@ -183,7 +208,12 @@ async def _all_at_once(workers: list[Worker], command: Command) -> list[float]:
     seconds = [0.0] * len(workers)
 
     async def one(index: int) -> None:
-        seconds[index] = await workers[index].slices(command, f"{index}-" if len(workers) > 1 else "")
+        try:
+            seconds[index] = await workers[index].slices(command, f"{index}-" if len(workers) > 1 else "")
+        except HyphaError as error:
+            # Further up nobody would find it in a tower of groups.
+            print(f"a fetch failed: {error}", file=sys.stderr, flush=True)
+            raise
 
     async with trio.open_nursery() as nursery:
         for index in range(len(workers)):

@@ -130,6 +130,8 @@ _TELEMETRY = """
 
 _WORKER = """
 work_dir = "../work/{name}"
+# A worker that was killed and started again has imported torch by the time its old lease has run out.
+warm_executor = true
 
 # One core and one gigabyte (10^9 bytes) are leased out, whatever else the machine has.
 [resources]

@@ -70,7 +70,8 @@ class Providers:
         at, found = self._found.get(key, (0.0, []))
         faultless = any(not self._corrupt[peer_id] and not self._failures[peer_id] for peer_id in found)
         if anew or not faultless or self._runtime.now() - at > LOOKUP_FRESH_S:
-            found = await self._look_up(key)
+            # A lookup that finds nobody, or is too slow to, does not unmake those who were there.
+            found = await self._look_up(key) or found
             self._found[key] = (self._runtime.now(), found)
         # Many workers start at once: without chance they would all ask the same node.
         self._runtime.random.shuffle(found)

@@ -31,7 +31,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from hypha.errors import HyphaError, JobFailed, PeerUnreachable, RemoteProtocolError, StoreError
+from hypha.errors import HyphaError, JobFailed, PeerUnreachable, Refused, RemoteProtocolError, StoreError
 from hypha.protocol.bridge import (
     BridgeError,
     BridgeMessage,
@@ -98,9 +98,14 @@ def _json(message: BridgeMessage, status: int = 200) -> Response:
     return Response(msgspec.json.encode(message), status, media_type="application/json")
 
 
+def may_pass(error: HyphaError) -> bool:
+    """Whether the same request may succeed later: nobody answered, or whoever did said so."""
+    return isinstance(error, PeerUnreachable) or (isinstance(error, Refused) and error.code in ("retry", "busy"))
+
+
 def _failure(error: HyphaError) -> Response:
-    retry = isinstance(error, PeerUnreachable)
-    return _json(BridgeError(reason=str(error)[:REASON_CHARS_MAX], retry=retry), _HTTP_STATUS.get(type(error), 409))
+    answer = BridgeError(reason=str(error)[:REASON_CHARS_MAX], retry=may_pass(error))
+    return _json(answer, _HTTP_STATUS.get(type(error), 409))
 
 
 def _endpoint(

@@ -133,6 +133,27 @@ async def test_providers_are_looked_up_once_while_they_deliver(autojump_clock, f
                 assert (await providers.ranked(dataset.digest))[0] == "three"
 
 
+@pytest.mark.parametrize("answer", ["nobody", "silence"])
+async def test_a_lookup_that_finds_nobody_does_not_unmake_who_was_there(
+    autojump_clock, fabric, directory, monkeypatch, answer
+):
+    async with data_node(fabric, "one", directory), fabric.node("worker", {"worker"}) as worker:
+        dataset = open_dataset(directory)
+        machine = runtime()
+        providers = Providers(worker, machine, "book")
+        assert await providers.ranked(dataset.digest) == ["one"]
+
+        async def find(_key: str, *, wanted: int) -> list[str]:
+            assert wanted
+            await trio.sleep(0 if answer == "nobody" else 3600)
+            return []
+
+        monkeypatch.setattr(worker, "find_providers", find)
+        assert await providers.ranked(dataset.digest, anew=True) == ["one"]
+        await machine.sleep(LOOKUP_FRESH_S + 1)
+        assert await providers.ranked(dataset.digest) == ["one"]
+
+
 async def test_a_provider_that_stays_silent_is_not_tried_while_there_is_another(autojump_clock, fabric, directory):
     dataset = open_dataset(directory)
     async with (

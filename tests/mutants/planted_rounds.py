@@ -274,8 +274,8 @@ ROUNDS_AND_STATE = (
     Planted(
         name="a lost step is gone on from",
         file="hypha/protocol/rounds.py",
-        old="        self._open(round, tuple(merged.base_digest for merged in outcome.merged), now, self._closed_tally)\n",
-        new="        self._open(round + 1, tuple(m.model_digest for m in outcome.merged), now, self._closed_tally)\n",
+        old="self._open(round, tuple(merged.base_digest for merged in outcome.merged), now, self._closed_tally)\n",
+        new="self._open(round + 1, tuple(m.model_digest for m in outcome.merged), now, self._closed_tally)\n",
         breaks="after a lost step the job goes on from a model that nobody has (L5)",
         tests=ROUNDS,
     ),

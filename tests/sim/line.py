@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import trio
 
-from hypha.errors import HyphaError, PeerUnreachable, Refused
+from hypha.errors import HyphaError, Refused
 from hypha.protocol.bridge import Event, Fetch, Fetched, Instruction, Report, Send, Sent
 from hypha.runtime import Runtime
-from hypha.worker.bridge import JobSession
+from hypha.worker.bridge import JobSession, may_pass
 
 # A round trip over the Unix socket.
 TRIP_S = 0.001
@@ -100,7 +100,7 @@ class Line:
         try:
             return _through_json(await call(_through_json(message, kind)), reply)
         except HyphaError as error:
-            raise BridgeRefused(str(error), retry=isinstance(error, PeerUnreachable)) from error
+            raise BridgeRefused(str(error), retry=may_pass(error)) from error
 
 
 def _through_json(message: Any, kind: Any) -> Any:

@@ -150,6 +150,7 @@ async def test_other_paths_and_methods_are_refused_in_the_same_form(tmp_path, me
     ("error", "status", "retry"),
     [
         (Refused("no such lease"), 409, False),
+        (Refused("not closed yet", "retry"), 409, True),
         (LocalProtocolError("out of turn"), 409, False),
         (PeerUnreachable("nobody provides it"), 503, True),
         (StoreError("disk full"), 507, False),
