@@ -9,7 +9,6 @@ import random
 from msgspec import Struct
 
 from hypha.network.memory_faults import FaultProfile
-from hypha.protocol.fragments import Streaming
 from tests.sim import flavours
 from tests.sim.flavours import CALM, Fault
 
@@ -47,13 +46,6 @@ class Scenario(Struct, frozen=True, kw_only=True):
     paces: tuple[float, ...] = ()  # seconds for a batch on each worker
     profile: FaultProfile = CALM
     faults: tuple[Fault, ...] = ()
-    fragments: int = 1
-    overlap: int = 0  # inner steps
-
-    @property
-    def streaming(self) -> Streaming:
-        """How the job synchronises its model."""
-        return Streaming(fragments=self.fragments, overlap_steps=self.overlap)
 
     @property
     def healed_at_s(self) -> float:
