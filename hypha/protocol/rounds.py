@@ -32,9 +32,7 @@ from hypha.protocol.servers import Servers, Serving
 from hypha.protocol.shards import Sha256, whole_digest
 from hypha.protocol.slices import Later, SliceTable
 from hypha.protocol.tally import Exclude, Key, Tally
-from hypha.protocol.views import Part, Verdict, judge, judge_lease
-
-NAMES_SHOWN_MAX = 4
+from hypha.protocol.views import Part, Verdict, judge, judge_lease, say_members
 
 
 class Terms(Struct, frozen=True, kw_only=True):
@@ -45,6 +43,7 @@ class Terms(Struct, frozen=True, kw_only=True):
     quorum: int
     deadline_s: float
     fewest: int = 0  # with fewer workers leased no round closes
+    ahead: bool = False  # members may train for the round after the open one
     shards: int = 1  # parameter servers that share the model
 
 
@@ -252,16 +251,23 @@ class RoundBook:
 
     # --- samples --------------------------------------------------------------------------------------------------
 
-    def grant(self, member: Member, *, request: int, wanted: int) -> Interval | Later | None:
+    def is_ahead(self, round: int) -> bool:
+        """Whether samples of `round` are granted although the round before it is open."""
+        return self.terms.ahead and round == self.round + 1
+
+    def grant(self, member: Member, *, request: int, wanted: int, ahead: bool = False) -> Interval | Later | None:
         """Grant samples of the open round to a member that `check` let pass; journal the grant before it is sent.
 
-        None is NoMore. Later: ask again in a moment.
+        None is NoMore. Later: ask again. `ahead`: of the round after the open one, to whom `check_lease` let pass.
         """
-        if self.round > self.terms.updates:
+        round = self.round + ahead
+        if round > self.terms.updates:
             return Later(reason=f"the last round, {self.terms.updates}, is being committed")
-        if (member.peer_id, member.fence, self.round) in self._excluded:
+        if (member.peer_id, member.fence, round) in self._excluded:
             return None
-        return self.table.grant(member, round=self.round, request=request, wanted=wanted)
+        if ahead and not self.table.held(member, self.round):  # the open round must not starve for what comes after
+            return Later(reason=f"it holds no samples of round {self.round}, which comes first")
+        return self.table.grant(member, round=round, request=request, wanted=wanted)
 
     # --- contributions --------------------------------------------------------------------------------------------
 
@@ -304,7 +310,7 @@ class RoundBook:
             return self._closing.begin(self._view, accepted)
         said = [short] if short is not None else [f"{len(accepted)} contributions"]
         if missing:
-            said.append(f"waiting for {_names(missing)}")
+            said.append(f"waiting for {say_members(missing)}")
         said.append(f"{self.deadline - now:.1f} s to the deadline" if now < self.deadline else "past its deadline")
         spent = () if missing else tuple(m for m in sorted(self.members) if not self._adds(m, accepted))
         return Waiting(reason=f"round {self.round}: " + "; ".join(said), replace=spent if short else ())
@@ -321,7 +327,7 @@ class RoundBook:
         if self.servers.missing:
             return f"round {self.round}: no parameter server is ready{self.servers.lacking()}"
         if self.pending is not None:
-            merging = _names(self._closing.unanswered())
+            merging = say_members(self._closing.unanswered())
             return f"round {self.round}: close {self.pending.close} is being merged by {merging}"
         if self._closing.refusal is not None:
             return f"round {self.round}: {self._closing.refusal}"
@@ -392,9 +398,3 @@ class RoundBook:
         if self.uncommitted is None or self.uncommitted.round != round:
             raise LocalProtocolError(f"round {round} is not the one to be committed")
         return self.uncommitted
-
-
-def _names(members: Iterable[Member]) -> str:
-    names = [member.peer_id for member in members]
-    more = f" and {len(names) - NAMES_SHOWN_MAX} more" if len(names) > NAMES_SHOWN_MAX else ""
-    return ", ".join(names[:NAMES_SHOWN_MAX]) + more

@@ -9,6 +9,7 @@ A job epoch belongs to the one scheduler that was first heard under it. Base dig
 bytes (see collect.py); everything else that makes a message stale is judged here.
 """
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
@@ -18,6 +19,7 @@ from msgspec.structs import replace
 from hypha.errors import Refused
 from hypha.protocol.messages import CloseRound, Collected, Member, PushUpdate, RoundMessage, RoundView
 
+NAMES_SHOWN_MAX = 4
 Ordered = tuple[int, int]  # (job epoch, view number)
 
 
@@ -132,9 +134,9 @@ class ViewGuard:
             return self._take(view, peer_id)
         if view.job_epoch == newest.job_epoch and peer_id != self.scheduler:
             return Observed(stale=f"job epoch {view.job_epoch} belongs to {self.scheduler}")
-        if _order(view) < _order(newest):
+        if order_of(view) < order_of(newest):
             return Observed(stale=f"view {_say(view)} is older than {_say(newest)}")
-        if _order(view) > _order(newest):
+        if order_of(view) > order_of(newest):
             return self._take(view, peer_id)
         if not same_world(view, newest):
             return Observed(stale=f"view {_say(view)} was something else before")
@@ -172,9 +174,17 @@ class ViewGuard:
         return verdict
 
 
-def _order(view: RoundView) -> Ordered:
+def order_of(view: RoundView) -> Ordered:
+    """Return what orders views of one job: the job epoch first, then the number."""
     return view.job_epoch, view.view
 
 
 def _say(view: RoundView) -> str:
     return f"{view.job_epoch}.{view.view}"
+
+
+def say_members(members: Iterable[Member]) -> str:
+    """Name some leases for people: the first few, and how many more there are."""
+    names = [member.peer_id for member in members]
+    more = f" and {len(names) - NAMES_SHOWN_MAX} more" if len(names) > NAMES_SHOWN_MAX else ""
+    return ", ".join(names[:NAMES_SHOWN_MAX]) + more

@@ -97,10 +97,13 @@ class Answers:
             raise Refused(f"lease {lease_id} (fence {fence}) of {peer.peer_id} is not held here")
         return worker
 
-    def _counted(self, peer: Peer, message: RoundMessage[Any], parts: tuple[Part, ...]) -> Member:
-        """Return the sender's lease, if the newest view lets its message take effect."""
+    def _counted(
+        self, peer: Peer, message: RoundMessage[Any], parts: tuple[Part, ...], *, ahead: bool = False
+    ) -> Member:
+        """Return the sender's lease, if the newest view lets its message take effect; `ahead`: of the next round."""
         worker = self._worker(peer, message.lease_id, message.fence)
-        verdict = self._job.book.check(message, peer.peer_id, parts)
+        check = self._job.book.check_lease if ahead else self._job.book.check
+        verdict = check(message, peer.peer_id, parts)
         if verdict is not None:
             raise refusal(verdict)
         return worker.member
@@ -112,11 +115,13 @@ class Answers:
         self._worker(peer, message.lease_id, message.fence)
         if message.job_epoch < job.book.job_epoch:
             raise Refused(f"job epoch {job.book.job_epoch} has begun: its view is on its way", "retry")
-        member = self._counted(peer, message, TRAINING)
+        ahead = job.book.is_ahead(message.round)
+        member = self._counted(peer, message, TRAINING, ahead=ahead)
         if member not in job.book.members:
             raise Refused("not counted yet: the view that has this worker as a member is on its way", "retry")
-        wanted = min(message.wanted, job.pace.grant_size(member, message.round, job.runtime.now()))
-        interval = job.book.grant(member, request=message.request, wanted=wanted)
+        size = job.pace.size_ahead(member) if ahead else job.pace.grant_size(member, message.round, job.runtime.now())
+        wanted = min(message.wanted, size)
+        interval = job.book.grant(member, request=message.request, wanted=wanted, ahead=ahead)
         if isinstance(interval, Later):
             raise Refused(interval.reason, "retry")
         if interval is None:

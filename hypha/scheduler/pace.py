@@ -4,7 +4,9 @@ Progress ─▶ Pace of the round ─▶ forecast ─▶ after how many batches 
               └ speed, kept ─▶ sizes of all batches, as each round opens                 steady while it is open
 """
 
-from hypha.protocol.forecast import Forecast, Pace, batch_sizes, grant_size, steadied
+from math import ceil
+
+from hypha.protocol.forecast import REQUESTS_PER_SHARE, Forecast, Pace, batch_sizes, grant_size, steadied
 from hypha.protocol.messages import Contribution, Member, Progress
 from hypha.telemetry import metrics
 
@@ -76,6 +78,11 @@ class Pacing:
         told = self._forecast.sync_after(member, now)
         size = self._sizes.get(member, self._batch_size)
         return grant_size(told, self._paces.get(member), batch_size=size)
+
+    def size_ahead(self, member: Member) -> int:
+        """Return how many samples to grant at once of the round after the open one: a part of what it did in this."""
+        size, pace = self._sizes.get(member, self._batch_size), self._paces.get(member)
+        return size * max(1, ceil(pace.batches / REQUESTS_PER_SHARE)) if pace is not None else size
 
     def forget(self, member: Member) -> None:
         """A member's lease is over."""

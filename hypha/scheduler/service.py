@@ -193,6 +193,7 @@ class Scheduler:
             deadline_s=rounds.deadline_s,
             fewest=self._job.resources.min_workers or 0,
             shards=self._job.resources.parameter_servers,
+            ahead=self._job.streaming.overlap_steps > 0,
         )
 
     def _coordinator(self, book: RoundBook, store: JobStore, pool: Pool, epoch: int) -> Coordinator:

@@ -6,11 +6,12 @@
 A debt is what coding an update lost (hypha.training.outer). It is its fragment's, and waits for that one's next turn.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hypha.protocol.bridge import SendUpdate
+from hypha.protocol.bridge import FileRef, SendUpdate
+from hypha.protocol.messages import Interval
 from hypha.training.inner import Inner
 
 
@@ -23,6 +24,9 @@ class Kept:
     inner: Inner  # at the round's beginning
     update: SendUpdate | None = None
     contributed: bool = False
+    out: bool = False  # the update is on its way
+    ahead: bool = False  # the next round's inner steps may go on without their base
+    early: bool = False  # its outer update is not to be applied yet
     begun: bool = False  # inner steps were taken on it
     requests: int = 0  # FetchSamples made so far
     refusals: int = 0
@@ -31,6 +35,17 @@ class Kept:
     # What codings before this round lost, by fragment and shard.
     owed: Mapping[int, tuple[Path, ...]] = field(default_factory=dict)
     lost: tuple[Path, ...] = ()  # what will be owed once this round's update was accepted
+
+    def sent(self, round_: int, files: tuple[FileRef, ...], used: Sequence[Interval], loss: float) -> SendUpdate:
+        """Describe the update that training on `used` gave."""
+        return SendUpdate(
+            round=round_,
+            base_digest=self.digest,
+            files=files,
+            samples=sum(interval.samples for interval in used),
+            intervals=tuple(sorted(used)),
+            loss=loss,
+        )
 
 
 class Book(dict[int, Kept]):

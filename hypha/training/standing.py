@@ -6,6 +6,7 @@
     Finish ◀── over, or a final view                       Train ◀── on the view's base, not yet contributed
     Apply  ◀── an update of a base that is kept            Wait  ◀── contributed, not a member, or update on its way
     Return ◀── the view's base is kept, elsewhere          Fetch ◀── the view's base is neither kept nor on its way
+    Ahead  ◀── in place of Wait, where the next round's inner steps may begin before its base is here
 
 Views and updates travel separately, so either may come first. An update that was applied settles all views seen until
 then; only a newer one can call the executor back to an earlier round (that round was never committed).
@@ -27,6 +28,9 @@ class Standing(Protocol):
 
     digest: str  # of the base
     contributed: bool  # its update was delivered
+    out: bool  # its update is on its way
+    ahead: bool  # the next round's inner steps may go on without their base
+    early: bool  # its outer update is not to be applied yet
 
 
 class Train(Struct, frozen=True):
@@ -35,6 +39,10 @@ class Train(Struct, frozen=True):
 
 class Wait(Struct, frozen=True):
     """Nothing to do until an event comes."""
+
+
+class Ahead(Struct, frozen=True):
+    """Take the next round's inner steps, from where this round's have left off."""
 
 
 class Apply(Struct, frozen=True):
@@ -68,7 +76,7 @@ def _order(view: ViewChanged) -> Order:
     return view.job_epoch, view.view
 
 
-Move = Train | Wait | Apply | Return | Fetch | Finish
+Move = Train | Wait | Ahead | Apply | Return | Fetch | Finish
 
 
 class Outlook:
@@ -118,7 +126,7 @@ def next_move(outlook: Outlook, kept: Mapping[int, Standing], here: int, now: fl
     update = _applicable(outlook, kept, here)
     if update is not None:
         return Apply(update)
-    stay = Wait() if kept[here].contributed else Train()
+    stay = _stay(kept[here])
     if view is None:
         return stay
     if (view.round, view.base_digest) == (here, kept[here].digest):
@@ -128,12 +136,18 @@ def next_move(outlook: Outlook, kept: Mapping[int, Standing], here: int, now: fl
     return _elsewhere(outlook, view, kept, here, now)
 
 
+def _stay(base: Standing) -> Move:
+    if base.ahead:
+        return Ahead()
+    return Wait() if base.contributed or base.out else Train()
+
+
 def _applicable(outlook: Outlook, kept: Mapping[int, Standing], here: int) -> UpdateArrived | None:
     """The newest update whose base is kept and whose result is not."""
     for round_ in sorted(outlook.updates, reverse=True):
         update = outlook.updates[round_]
         base, after = kept.get(round_), kept.get(round_ + 1)
-        if round_ > here or base is None or base.digest != update.base_digest:
+        if round_ > here or base is None or base.digest != update.base_digest or (round_ == here and base.early):
             continue
         if round_ == here or after is None or after.digest != update.model_digest:
             return update
@@ -146,6 +160,8 @@ def _elsewhere(outlook: Outlook, view: ViewChanged, kept: Mapping[int, Standing]
         return Return(view.round)
     if view.round <= here:
         return Fetch()
+    if kept[here].ahead:
+        return Ahead()  # there is enough to do until the update comes
     if outlook.behind_since is None:
         outlook.behind_since = now
     return Wait() if now - outlook.behind_since < UPDATE_WAIT_S else Fetch()

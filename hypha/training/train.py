@@ -35,6 +35,7 @@ from hypha.protocol.bridge import (
     SendRebase,
     SendRefused,
     SendUpdate,
+    Sent,
     SyncAt,
     TrainProgress,
     UpdateArrived,
@@ -86,19 +87,23 @@ class Trainer:
         self.fetch_base()
         log.info("Base fetched", round=self.here)
         while not isinstance(move := self._next(), standing.Finish):
-            match move:
-                case standing.Apply(update):
-                    self.apply(update)
-                case standing.Return(round_):
-                    self.go_back(round_)
-                case standing.Fetch():
-                    self.fetch_base()
-                case standing.Train():
-                    self.contribute()
-                case standing.Wait():
-                    self._idle()
+            self.act(move)
             self._listen()
         log.info("Training is over", reason=move.reason, inner_steps=self.inner.steps)
+
+    def act(self, move: standing.Move) -> None:
+        """Make a move."""
+        match move:
+            case standing.Apply(update):
+                self.apply(update)
+            case standing.Return(round_):
+                self.go_back(round_)
+            case standing.Fetch():
+                self.fetch_base()
+            case standing.Train():
+                self.contribute()
+            case _:
+                self._idle()
 
     # --- standing on a base ---
 
@@ -211,7 +216,7 @@ class Trainer:
         try:
             if kept.update is None:
                 with span_from(traceparent, "inner_steps", round=self.here):
-                    kept.update = self.train_round(kept)
+                    kept.update = self.train_round(kept, self.here)
             if kept.update is not None:
                 with span_from(traceparent, "push", round=self.here, samples=kept.update.samples):
                     self.send(kept, kept.update)
@@ -219,15 +224,15 @@ class Trainer:
             self._refused(kept, str(refusal), final=not refusal.retry)
             self._idle()
 
-    def train_round(self, kept: Kept) -> SendUpdate | None:
+    def train_round(self, kept: Kept, round_: int) -> SendUpdate | None:
         """Take inner steps until told to sync or out of samples; None when an event ends the round first."""
         if kept.begun:
-            self._restart(self.here)
+            self._restart(round_)
         kept.begun = True
-        round_, samples_max = self.here, self.job.rounds.samples_between_updates
+        samples_max = self.job.rounds.samples_between_updates
         batches = samples = 0
-        loss_sum, sync_at = 0.0, samples_max
-        with self._feed(kept) as feed:
+        loss_sum, sync_at = 0.0, self._batches_max(round_)
+        with self._feed(kept, round_) as feed:
             while batches < sync_at and samples < samples_max:
                 if self._called_away():
                     return None
@@ -241,13 +246,23 @@ class Trainer:
                 loss = self.inner.step(self.preprocess(batch), round_=round_)
                 self.recent_s.append(self.inner.step_s)
                 batches, samples, loss_sum = batches + 1, samples + count, loss_sum + loss * count
-                answer = self._report(self._progress(batches, samples, size, loss))
+                answer = self._report(self._progress(round_, batches, samples, size, loss))
                 if isinstance(answer, SyncAt) and answer.round == round_:
                     sync_at = answer.batches
                     self._resize(answer.batch_size)
+        if not self._has_base(round_):
+            return None
         self.inner.finished_round(round_, batches)
         mean_loss = loss_sum / samples if samples else 0.0
-        return self._update(kept, self._coded(kept, feed.used), feed.used, mean_loss)
+        return kept.sent(round_, self._coded(kept, feed.used), feed.used, mean_loss)
+
+    def _batches_max(self, _round: int) -> int:
+        """After how many batches to contribute, while nothing is said about it."""
+        return self.job.rounds.samples_between_updates
+
+    def _has_base(self, _round: int) -> bool:
+        """Whether the base is here of which an update is the difference; False when an event ends the round."""
+        return True
 
     def _resize(self, wanted: int | None) -> None:
         """Take batches of another size from the next one on; the times of the old ones say nothing about those."""
@@ -277,6 +292,9 @@ class Trainer:
         """Deliver an update, and take the answer to heart. Raises BridgeRefused."""
         answer = self.session.send(msgspec.structs.replace(update, traceparent=inject()))
         self._listen()
+        self._answered(kept, answer)
+
+    def _answered(self, kept: Kept, answer: Sent) -> None:
         match answer:
             case SendAccepted():
                 kept.contributed = True
@@ -300,9 +318,9 @@ class Trainer:
         if kept.refusals >= REFUSALS_MAX:
             raise JobFailed(f"round {self.here}: refused {kept.refusals} times: {reason}")
 
-    def _feed(self, kept: Kept) -> Feed:
+    def _feed(self, kept: Kept, round_: int) -> Feed:
         # The current span is this thread's; the questions are asked from another.
-        round_, traceparent = self.here, inject()
+        traceparent = inject()
 
         def ask(wanted: int, leave: Callable[[], bool]) -> Fetched:
             request = FetchSamples(round=round_, request=kept.requests, wanted=wanted, traceparent=traceparent)
@@ -314,26 +332,16 @@ class Trainer:
             work_dir=self.work_dir,
             schema=self.job.dataset.schema,
             grant_samples=GRANT_BATCHES * self.job.rounds.max_batch_size,
-            leave=self._called_away,
+            leave=self._leaves_waiting,
         )
 
-    def _progress(self, batches: int, samples: int, batch_size: int, loss: float) -> TrainProgress:
+    def _progress(self, round_: int, batches: int, samples: int, batch_size: int, loss: float) -> TrainProgress:
         return TrainProgress(
-            round=self.here,
+            round=round_,
             batches=batches,
             samples=samples,
             batch_size=batch_size,
             batch_s=sum(self.recent_s) / len(self.recent_s),
-            loss=loss,
-        )
-
-    def _update(self, kept: Kept, files: tuple[FileRef, ...], used: Sequence[Interval], loss: float) -> SendUpdate:
-        return SendUpdate(
-            round=self.here,
-            base_digest=kept.digest,
-            files=files,
-            samples=sum(interval.samples for interval in used),
-            intervals=tuple(sorted(used)),
             loss=loss,
         )
 
@@ -359,6 +367,10 @@ class Trainer:
         self._listen()
         return not isinstance(self._next(), standing.Train)
 
+    def _leaves_waiting(self) -> bool:
+        """Asked while there is nothing to train on."""
+        return self._called_away()
+
     def _report(self, report: Report) -> Instruction:
         self.reported_at = time.monotonic()
         answer = self.session.report(report)
@@ -369,7 +381,9 @@ class Trainer:
 
 def work(session: Session, job: JobSpec, work_dir: Path) -> None:
     """Train one job to its end."""
-    trainer = Trainer(session, job, work_dir)
+    from hypha.training.overlap import Overlapping  # which builds on what stands above
+
+    trainer = (Overlapping if job.streaming.overlap_steps else Trainer)(session, job, work_dir)
     log.info("Model built")
     trainer.run()
 

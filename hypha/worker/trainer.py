@@ -8,6 +8,7 @@
 The executor's reports are answered from what is known here; they travel to the scheduler in the background.
 """
 
+from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import trio
 
-from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError
+from hypha.errors import PeerUnreachable, RemoteProtocolError
 from hypha.network.artifacts import fetch_artifact
 from hypha.network.seam import Stream
 from hypha.network.transfer import send_file
@@ -27,7 +28,6 @@ from hypha.protocol.messages import (
     FetchModel,
     Member,
     Message,
-    NoMore,
     OuterUpdate,
     PartRef,
     Progress,
@@ -36,16 +36,15 @@ from hypha.protocol.messages import (
     Rebase,
     Request,
     RoundView,
-    SliceGrant,
-    SliceRequest,
     SyncAfter,
     UpdateRefused,
 )
 from hypha.protocol.shards import kind_of, part_of, whole_digest
-from hypha.protocol.views import server_of
+from hypha.protocol.views import Ordered, order_of, server_of
 from hypha.telemetry import extracted, get_logger, inject, metrics, span
 from hypha.worker.arrivals import Arrivals, discard
 from hypha.worker.redelivery import Redelivery
+from hypha.worker.samples import Samples
 from hypha.worker.session import JobContext, Session
 from hypha.worker.together import together
 
@@ -61,6 +60,9 @@ class TrainSession(Session):
         self._arrivals = Arrivals(self)
         self._pushed_to: tuple[Member, ...] = ()
         self._redelivery = Redelivery(self, self._push, lambda: self._pushed_to)
+        self._samples = Samples(self)
+        self._newest: bridge.SendUpdate | None = None
+        self._promised: tuple[int, str, Ordered] | None = None  # round and base an outer update leads to; the view then
 
     async def run(self) -> None:
         """Send what the executor reports, until cancelled. Raises JobFailed when the executor has failed."""
@@ -81,7 +83,7 @@ class TrainSession(Session):
             case bridge.FetchBase():
                 return await self._fetch_base()
             case bridge.FetchSamples():
-                return await self._fetch_samples(request)
+                return await self._samples.fetch(request)
             case bridge.FetchSource():
                 return await self.fetch_source(request)
             case bridge.FetchHeldOut():
@@ -147,57 +149,17 @@ class TrainSession(Session):
             return None
         return bridge.FileRef(path=path.name, bytes=size, digest=digest)
 
-    async def _fetch_samples(self, request: bridge.FetchSamples) -> bridge.SamplesFetched | bridge.NoSamples:
-        round_wanted = request.round
-        await self.until(lambda: self.view is not None and (self.view.round >= round_wanted or self.stopped))
-        grant = await self._ask_for_samples(request)
-        if grant is None or isinstance(grant, NoMore):
-            return bridge.NoSamples(round=round_wanted)
-        path = await self.slice_path(grant.slice)
-        return bridge.SamplesFetched(interval=grant.interval, path=path)
-
-    async def _ask_for_samples(self, request: bridge.FetchSamples) -> SliceGrant | NoMore | None:
-        """Ask until answered or the round has moved on; under a new job epoch, ask anew."""
-        while self._open(request.round):
-            view = self.view
-            assert view is not None, "a round is open"
-            message = SliceRequest(
-                job_id=view.job_id,
-                job_epoch=view.job_epoch,
-                round=request.round,
-                lease_id=self.context.lease_id,
-                fence=self.context.fence,
-                request=request.request,
-                wanted=request.wanted,
-            )
-            try:
-                answer = await self.insist(
-                    self.context.scheduler, message, partial(self._open, request.round, message.job_epoch)
-                )
-            except Refused as refusal:
-                # The round moved on while we asked, or another view has us no more: nothing to train on in this round.
-                log.info("No samples", round=request.round, reason=str(refusal))
-                return None
-            if answer is not None:
-                return answer
-        return None
-
-    def _open(self, round_asked: int, job_epoch: int | None = None) -> bool:
-        view = self.view
-        if self.stopped or self.leaving or view is None or view.round != round_asked:
-            return False
-        return job_epoch in (None, view.job_epoch)
-
-    def _goes_on_with(self, view: RoundView) -> bool:
-        return self._stands(view) and not self.stopped
+    def _goes_on_with(self, view: RoundView, wanted: Callable[[], bool]) -> bool:
+        return self._stands(view) and wanted() and not self.stopped
 
     # --- send -----------------------------------------------------------------------------------------------------
 
     async def send(self, request: bridge.Send) -> bridge.Sent:
         """Push an update to every parameter server; retried until they answer or the round has moved on."""
-        started = self.context.runtime.now()
+        started, self._newest = self.context.runtime.now(), request
+        self.wake()  # one that is still under way is given up for it
         with extracted(request.traceparent or self.round_trace()), span("push_update", round=request.round) as pushing:
-            answer = await self.waiting(self._push(request))
+            answer = await self.waiting(self._push(request, wanted=lambda: self._newest is request))
             pushing.set(answer=type(answer).__name__)
         metrics.GRADIENT_TRANSMISSION_TIME.record(self.context.runtime.now() - started)
         if isinstance(answer, bridge.SendAccepted):
@@ -205,7 +167,13 @@ class TrainSession(Session):
             self._redelivery.delivered(request)
         return answer
 
-    async def _push(self, request: bridge.SendUpdate, held: tuple[Member, ...] = ()) -> bridge.Sent:
+    async def _push(
+        self,
+        request: bridge.SendUpdate,
+        held: tuple[Member, ...] = (),
+        *,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> bridge.Sent:
         """Deliver an update to every shard's server but those that hold it already."""
         paths = [self.file(file.path) for file in request.files]
         if len(paths) != self.context.job.shards:
@@ -215,15 +183,18 @@ class TrainSession(Session):
             view = self.view
             if view is None:
                 raise RemoteProtocolError("an update before there was a view")
-            if (view.round, view.base_digest) != (request.round, request.base_digest):
+            if wanted() and self._promised == (request.round, request.base_digest, order_of(view)):
+                await self.changed()  # the view that opens this round is on its way
+                continue
+            if (view.round, view.base_digest) != (request.round, request.base_digest) or not wanted():
                 return bridge.SendRebase(round=view.round, base_digest=view.base_digest)
             pushing = partial(self._push_to_all, view, request, paths, holders)
-            wanted = partial(self._goes_on_with, view)
-            answer: bridge.Sent | None = await self.while_wanted(pushing, wanted)
+            stands = partial(self._goes_on_with, view, wanted)
+            answer: bridge.Sent | None = await self.while_wanted(pushing, stands)
             if answer is not None:
                 self._pushed_to = view.servers
                 return answer
-            if wanted():
+            if stands():
                 await self.pause(backoff)
         return bridge.SendRefused(reason="the job is over")
 
@@ -378,6 +349,13 @@ class TrainSession(Session):
     async def receive_update(self, stream: Stream, header: OuterUpdate) -> None:
         """Take an outer update from a parameter server and hand it to the executor, once all shards' are here."""
         await self._arrivals.receive(stream, header)
+
+    def emit(self, event: bridge.Event) -> None:
+        """Queue an event for the executor. An outer update says which round will open, maybe before its view does."""
+        view = self.view
+        if isinstance(event, bridge.UpdateArrived) and view is not None and view.round == event.round:
+            self._promised = (event.round + 1, event.model_digest, order_of(view))
+        super().emit(event)
 
 
 def _aim(view: RoundView) -> tuple[int, str, tuple[Member, ...]]:

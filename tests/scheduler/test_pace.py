@@ -129,3 +129,12 @@ def test_grants_are_counted_in_batches_of_the_members_size():
     for member in (FAST, SLOW):
         pace.observe(member, report(4, 1, clock.sizes[member], clock.sizes[member], 0.32), 0.0)
     assert pace.grant_size(FAST, 4, 0.0) == 4 * pace.grant_size(SLOW, 4, 0.0)
+
+
+def test_ahead_a_part_of_what_was_done_is_granted_at_once_and_the_open_rounds_forecast_stays():
+    pace = pacing()
+    assert pace.size_ahead(FAST) == MOST
+    pace.observe(FAST, report(1, 10, 10 * MOST, MOST, 0.3), 3.0)
+    told = pace.observe(FAST, report(1, 11, 11 * MOST, MOST, 0.3), 3.3)
+    assert pace.size_ahead(FAST) == 3 * MOST
+    assert pace.observe(FAST, report(1, 12, 12 * MOST, MOST, 0.3), 3.6) == told

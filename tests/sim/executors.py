@@ -19,6 +19,7 @@ from hypha.worker.process import Executor, Launch
 from tests.sim import weights
 from tests.sim.aggregator import Aggregator
 from tests.sim.line import BridgeRefused, Line
+from tests.sim.overlap import Overlapping
 from tests.sim.trainer import Trainer
 from tests.sim.virtual import VirtualRuntime
 
@@ -119,7 +120,8 @@ class SimExecutor:
         try:
             await self.work(START_S)
             if what.job.work == "train":
-                await Trainer(line, what.job, what.directory, self, self._pace.batch_s).run()
+                kind = Overlapping if what.job.streaming.overlap_steps else Trainer
+                await kind(line, what.job, what.directory, self, self._pace.batch_s).run()
             else:
                 await Aggregator(line, what.job, what.directory, self).run()
         except HyphaError as error:

@@ -29,6 +29,7 @@ from hypha.protocol.bridge import (
     SendRebase,
     SendRefused,
     SendUpdate,
+    Sent,
     SyncAt,
     TrainProgress,
     UpdateArrived,
@@ -69,6 +70,9 @@ class Kept:
     digest: str
     update: SendUpdate | None = None
     contributed: bool = False
+    out: bool = False
+    ahead: bool = False
+    early: bool = False
     requests: int = 0
     refusals: int = 0
 
@@ -138,18 +142,22 @@ class Trainer:
         """Train until the job is over. Raises JobFailed, BridgeRefused."""
         await self.fetch_base()
         while not isinstance(move := self._next(), standing.Finish):
-            match move:
-                case standing.Apply(update):
-                    await self.apply(update)
-                case standing.Return(round_):
-                    await self.go_back(round_)
-                case standing.Fetch():
-                    await self.fetch_base()
-                case standing.Train():
-                    await self.contribute()
-                case standing.Wait():
-                    await self._idle()
+            await self.act(move)
             self._listen()
+
+    async def act(self, move: standing.Move) -> None:
+        """Make a move."""
+        match move:
+            case standing.Apply(update):
+                await self.apply(update)
+            case standing.Return(round_):
+                await self.go_back(round_)
+            case standing.Fetch():
+                await self.fetch_base()
+            case standing.Train():
+                await self.contribute()
+            case _:
+                await self._idle()
 
     # --- standing on a base ---
 
@@ -164,6 +172,14 @@ class Trainer:
 
     async def apply(self, arrived: UpdateArrived) -> None:
         """Stand on θ_base − U, if that is what the parameter server says it is; else on what it holds."""
+        result = self._moved(arrived)
+        if result is None:
+            return await self.fetch_base()
+        self._committed(arrived.round - 1)
+        return await self._stand(arrived.round + 1, result, arrived.model_digest)
+
+    def _moved(self, arrived: UpdateArrived) -> weights.Vector | None:
+        """The base that an outer update leads to; None where it does not lead to the parameter server's."""
         base = self.kept[arrived.round].base
         del self.outlook.updates[arrived.round]
         result = base - self._read(arrived.files, self.fragments.of(arrived.round))
@@ -171,9 +187,8 @@ class Trainer:
             (self.work_dir / file.path).unlink()
         if tuple(weights.digest(result, names) for names in self.shares) != arrived.parts:
             self.body.note(f"update of round {arrived.round} leads elsewhere")
-            return await self.fetch_base()
-        self._committed(arrived.round - 1)
-        return await self._stand(arrived.round + 1, result, arrived.model_digest)
+            return None
+        return result
 
     async def go_back(self, round_: int) -> None:
         """Stand on a kept base again: its round is open again, and what came after it is void."""
@@ -209,7 +224,7 @@ class Trainer:
         kept = self.kept[self.here]
         try:
             if kept.update is None:
-                kept.update = await self.train_round(kept)
+                kept.update = await self.train_round(kept, self.here)
             else:
                 self.body.note(f"update of round {self.here} sent again")
             if kept.update is not None:
@@ -218,14 +233,14 @@ class Trainer:
             self._refused(kept, str(refusal), final=not refusal.retry)
             await self._idle()
 
-    async def train_round(self, kept: Kept) -> SendUpdate | None:
+    async def train_round(self, kept: Kept, round_: int) -> SendUpdate | None:
         """Take inner steps until told to sync or out of samples; None when an event ends the round first."""
-        current = Round(self.here)
+        current = Round(round_)
         try:
             samples_max = self.job.rounds.samples_between_updates
-            batches, sync_at = 0, samples_max
+            batches, sync_at = 0, self._batches_max(round_)
             while batches < sync_at and len(current.samples) < samples_max:
-                if self._called_away():
+                if await self._called_away():
                     return None
                 taken = await self._take(current, kept, self.job.rounds.max_batch_size)
                 if not taken:
@@ -238,6 +253,8 @@ class Trainer:
                 answer = await self._report(self._progress(current, batches, len(taken)))
                 if isinstance(answer, SyncAt) and answer.round == current.number:
                     sync_at = answer.batches
+            if not await self._has_base(round_):
+                return None
         finally:
             current.over = True
         return self._update(kept, current.used, current.samples)
@@ -261,7 +278,7 @@ class Trainer:
     async def _has_grant(self, current: Round, kept: Kept, wanted: int) -> bool:
         """Wait for rows to take; False when there are none, or the wait was ended by an event."""
         while not current.left:
-            if current.exhausted or self._called_away():
+            if current.exhausted or await self._leaves_waiting():
                 return False
             self._ask(current, kept, wanted)
             assert current.asking is not None
@@ -282,6 +299,9 @@ class Trainer:
         """Deliver an update, and take the answer to heart."""
         answer = await self.line.send(update)
         self._listen()
+        await self._answered(kept, update, answer)
+
+    async def _answered(self, kept: Kept, update: SendUpdate, answer: Sent) -> None:
         match answer:
             case SendAccepted():
                 kept.contributed = True
@@ -345,9 +365,21 @@ class Trainer:
     def _next(self) -> standing.Move:
         return standing.next_move(self.outlook, self.kept, self.here, self.body.now())
 
-    def _called_away(self) -> bool:
+    async def _called_away(self) -> bool:
         self._listen()
         return not isinstance(self._next(), standing.Train)
+
+    async def _leaves_waiting(self) -> bool:
+        """Asked while there is nothing to train on."""
+        return await self._called_away()
+
+    def _batches_max(self, _round: int) -> int:
+        """After how many batches to contribute, while nothing is said about it."""
+        return self.job.rounds.samples_between_updates
+
+    async def _has_base(self, _round: int) -> bool:
+        """Whether the base is here of which an update is the difference; False when an event ends the round."""
+        return True
 
     async def _report(self, report: Report) -> Instruction:
         answer = await self.line.report(report)

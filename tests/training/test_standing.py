@@ -24,6 +24,9 @@ FILE = FileRef(path="f", bytes=1, digest="f" * 64)
 class Round:
     digest: str
     contributed: bool = False
+    out: bool = False
+    ahead: bool = False
+    early: bool = False
 
 
 def view(number, round_, digest, **more):

@@ -5,6 +5,7 @@ import trio
 
 from hypha.errors import JobFailed, PeerUnreachable, Refused, RemoteProtocolError
 from hypha.protocol import bridge
+from hypha.protocol.fragments import Streaming
 from hypha.protocol.messages import (
     Ack,
     Committed,
@@ -183,6 +184,31 @@ async def test_no_samples_once_the_round_has_moved_on_even_while_the_scheduler_i
         moved = trio.current_time()
         play.see(opened(2, round=2))
     assert (got, trio.current_time() - moved < 1) == ([bridge.NoSamples(round=1)], True)
+
+
+@pytest.mark.parametrize(("overlap_steps", "asked"), [(0, [1, 2]), (1, [1, 1])])
+async def test_samples_of_the_next_round_are_asked_for_where_inner_steps_run_ahead(
+    autojump_clock, play, overlap_steps, asked
+):
+    session = play.here.train(job_id="job-2", streaming=Streaming(overlap_steps=overlap_steps))
+    views = []
+
+    def none(message):
+        views.append(session.view.round)
+        return NoMore(round=message.round)
+
+    play.here.scheduler.serve(SliceRequest, Heard(none))
+    session.observe(opened(1, job_id="job-2"), SCHEDULER)
+    await session.fetch(bridge.FetchSamples(round=1, request=0, wanted=8))
+    with trio.move_on_after(5):
+        await session.fetch(bridge.FetchSamples(round=2, request=0, wanted=8))
+    if not overlap_steps:
+        session.observe(opened(2, job_id="job-2", round=2), SCHEDULER)
+        await session.fetch(bridge.FetchSamples(round=2, request=0, wanted=8))
+    assert views == asked
+    with trio.move_on_after(5):
+        await session.fetch(bridge.FetchSamples(round=4, request=0, wanted=8))
+    assert len(views) == 2
 
 
 async def test_a_slice_nobody_provides_is_worth_another_question(autojump_clock, play):

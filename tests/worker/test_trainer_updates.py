@@ -103,6 +103,56 @@ async def test_a_push_ends_with_the_job(autojump_clock, play):
     assert await play.session.send(play.update()) == bridge.SendRefused(reason="the job is over")
 
 
+async def test_an_update_of_the_round_that_an_outer_update_opens_waits_for_its_view(autojump_clock, play):
+    play.see(opened(1))
+    assert isinstance(await send_outer(play.here.server, outer()), Accepted)
+    got = []
+
+    async def send() -> None:
+        got.append(await play.session.send(play.update(round=2, base="model 1")))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        await trio.sleep(3)
+        assert (got, play.server.pushed) == ([], [])
+        play.see(opened(1))  # the same view once more
+        await trio.sleep(3)
+        assert got == []
+        play.see(opened(2, round=2, base_digest=digest_of("model 1")))
+    assert got == [bridge.SendAccepted()]
+    assert [push.round for push in play.server.pushed] == [2]
+
+
+async def test_a_round_that_is_open_again_calls_back_who_waits_for_the_next(autojump_clock, play):
+    play.see(opened(1))
+    await send_outer(play.here.server, outer())
+    got = []
+
+    async def send() -> None:
+        got.append(await play.session.send(play.update(round=2, base="model 1")))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        await trio.sleep(3)
+        play.see(opened(2))
+    assert got == [bridge.SendRebase(round=1, base_digest=BASE)]
+
+
+async def test_a_later_update_takes_the_place_of_one_that_is_under_way(autojump_clock, play):
+    play.see(opened(1))
+    await send_outer(play.here.server, outer())
+    got = []
+
+    async def send(update) -> None:
+        got.append((update.round, await play.session.send(update)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send, play.update(round=2, base="model 1"))
+        await trio.sleep(3)
+        nursery.start_soon(send, play.update())
+    assert dict(got) == {1: bridge.SendAccepted(), 2: bridge.SendRebase(round=1, base_digest=BASE)}
+
+
 async def _stop_later(session) -> None:
     await trio.sleep(3)
     session.stop("cancelled")
