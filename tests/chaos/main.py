@@ -52,9 +52,9 @@ async def stage(evidence: Evidence, job: Job, wish: Wish) -> None:
     """Prepare, play calm and chaos, clear up; what came of it is in the evidence. Raises ChaosFailed."""
     directory = evidence.directory
     cast.prepare(directory, job, wish.seed)
-    with guarded() as watch:
-        nodes = {name: Node(name, directory, watch) for name in cast.ROLES if name not in SCHEDULERS}
-        schedulers = {run: [Node(name, directory, watch, run) for name in SCHEDULERS] for run in (CALM, CHAOS)}
+    with guarded() as group:
+        nodes = {name: Node(name, directory, group) for name in cast.ROLES if name not in SCHEDULERS}
+        schedulers = {run: [Node(name, directory, group, run) for name in SCHEDULERS] for run in (CALM, CHAOS)}
         try:
             for node in nodes.values():
                 node.start()

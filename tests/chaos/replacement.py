@@ -97,8 +97,8 @@ def at(line: LogLine) -> float:
 async def measure(directory: Path, job: Job, times: int) -> list[dict[str, float]]:
     """Kill so many trainers, one after another; returns the phases of each replacement. Raises NotReplaced."""
     cast.prepare(directory, job, seed=0)
-    with guarded() as watch:
-        nodes = {name: Node(name, directory, watch, CHAOS) for name in cast.ROLES if name != SCHEDULERS[1]}
+    with guarded() as group:
+        nodes = {name: Node(name, directory, group, CHAOS) for name in cast.ROLES if name != SCHEDULERS[1]}
         try:
             for node in nodes.values():
                 node.start()

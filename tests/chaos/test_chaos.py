@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 
+import psutil
 import pytest
 from msgspec import structs
 
@@ -17,7 +19,7 @@ from tests.chaos.blows import Blows
 from tests.chaos.growth import Growth
 from tests.chaos.report import replacements
 from tests.chaos.story import Story
-from tests.chaos.troupe import Node, Use, executors, job_directories, signal_group, spares
+from tests.chaos.troupe import Node, Use, executors, guarded, job_directories, signal_group, spares
 
 
 class ThisProcess:
@@ -229,8 +231,8 @@ def test_who_did_not_live_long_enough_says_nothing_of_growth():
 class Puppet(Node):
     """A node whose program is a `sleep`, and a scheduler or worker by its name."""
 
-    def __init__(self, name: str, directory, watch: int) -> None:
-        super().__init__(name, directory, watch)
+    def __init__(self, name: str, directory, group: int) -> None:
+        super().__init__(name, directory, group)
         self.command = ["sh", "-c", "sleep 60", name]
 
 
@@ -238,21 +240,19 @@ class Puppet(Node):
 def scene(tmp_path):
     """Blows on two schedulers and a worker; `leader` may be set."""
     (tmp_path / "logs").mkdir()
-    read, write = os.pipe()
-    scene = Scene(tmp_path, write)
-    yield scene
-    for node in scene.nodes.values():
-        node.kill()
-    os.close(read)
-    os.close(write)
+    with guarded() as group:
+        scene = Scene(tmp_path, group)
+        yield scene
+        for node in scene.nodes.values():
+            node.kill()
 
 
 class Scene:
-    def __init__(self, directory, watch: int) -> None:
+    def __init__(self, directory, group: int) -> None:
         self.leader = "scheduler-1"
         self.said: list[str] = []
         self.blows = Blows(directory, 6.0, lambda: self.leader, self.said.append)
-        self.nodes = {name: Puppet(name, directory, watch) for name in (*cast.SCHEDULERS, "worker-1")}
+        self.nodes = {name: Puppet(name, directory, group) for name in (*cast.SCHEDULERS, "worker-1")}
         for node in self.nodes.values():
             node.start()
 
@@ -295,6 +295,25 @@ def test_a_worker_that_leaves_is_remembered_with_its_exit_code_and_comes_back(sc
     assert (leaving.code, leaving.ended_s) == (-signal.SIGTERM, 3.0)
     scene.blows.repair(105.0)
     assert scene.nodes["worker-1"].runs
+
+
+def test_nodes_do_not_outlive_a_harness_that_is_killed(tmp_path):
+    (tmp_path / "logs").mkdir()
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from tests.chaos.test_chaos import Puppet, guarded\n"
+        "with guarded() as group:\n"
+        "    node = Puppet('worker-1', Path(sys.argv[1]), group)\n"
+        "    node.start()\n"
+        "    print(node.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as harness:
+        node = int(harness.stdout.readline())
+        harness.kill()
+    gone = psutil.wait_procs([psutil.Process(node)] if psutil.pid_exists(node) else [], timeout=30)[1]
+    assert gone == []
 
 
 def test_once_the_job_is_over_nobody_leads_it_again(scene):

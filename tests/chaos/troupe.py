@@ -4,7 +4,7 @@
     executors(directory) ─▶ work/NAME/hypha-JOB-FENCE/job.json + work/NAME/processes/LEASE.json: who executes what
     spares(directory)    ─▶ work/NAME/processes/warm-*.json: who has no job yet
 
-A guardian hears of every process, so that none outlives this one, however it ends.
+Every node is in the group of a guardian, which ends it when this process is gone, however it went.
 """
 
 import os
@@ -62,7 +62,7 @@ class Use(Struct, frozen=True):
 class Node:
     """One node; `wanted` says whether it is meant to run."""
 
-    def __init__(self, name: str, directory: Path, watch: int, run: str = "") -> None:
+    def __init__(self, name: str, directory: Path, group: int, run: str = "") -> None:
         self.name = name
         self.role = cast.ROLES[name]
         self.log = directory / "logs" / f"{cast.title(name, run)}.log"
@@ -74,7 +74,7 @@ class Node:
         self._options: tuple[str, ...] = ()
         self._log_from = 0
         self._directory = directory
-        self._watch = watch
+        self._group = group
 
     def start(self, *options: str) -> None:
         """Start it, with options beside its configuration; its log goes on where the last one ended."""
@@ -89,9 +89,8 @@ class Node:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                start_new_session=True,
+                process_group=self._group,
             )
-        self._tell("+")
 
     @property
     def pid(self) -> int:
@@ -174,11 +173,6 @@ class Node:
     def _ended(self) -> None:
         assert self.process is not None
         self.process.wait()
-        self._tell("-")
-
-    def _tell(self, sign: str) -> None:
-        with suppress(BrokenPipeError):
-            os.write(self._watch, f"{sign}{self.pid}\n".encode())
 
 
 def use_of(pid: int) -> Use | None:
@@ -191,11 +185,13 @@ def use_of(pid: int) -> Use | None:
 
 @contextmanager
 def guarded() -> Iterator[int]:
-    """Keep a guardian while the block runs; gives the descriptor that nodes tell it of their processes through."""
+    """Keep a guardian while the block runs; gives the process group that it ends when this process is gone."""
     command = [sys.executable, "-I", "-S", str(Path(guardian.__file__))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watching:
-        assert watching.stdin is not None
-        yield watching.stdin.fileno()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0) as watching:
+        try:
+            yield watching.pid
+        finally:
+            watching.communicate(guardian.DONE)
 
 
 def executors(directory: Path) -> list[Running]:
