@@ -318,7 +318,7 @@ class Cluster:
         return [
             machine
             for machine in self.workers
-            if machine.is_up and (work in machine.work() if work is not None else not machine.work())
+            if machine.is_alive and (work in machine.work() if work is not None else not machine.work())
         ]
 
     def executors(self, name: str) -> list[SimExecutor]:
@@ -339,7 +339,7 @@ class Cluster:
 
     def take_down(self, machine: Machine, *, silent: bool = False) -> None:
         """Let a machine crash, and the store with it where it was in the midst of a write there."""
-        if not machine.is_up or machine.power.off:
+        if not machine.is_alive:
             return
         self.situations.dies(machine)
         machine.crash()

@@ -163,6 +163,11 @@ def flavour_of(seed: int) -> str:
     return FLAVOURS[seed % len(FLAVOURS)]
 
 
+def turn_of(seed: int) -> int:
+    """Return how often the seed's flavour has had its turn before."""
+    return seed // len(FLAVOURS)
+
+
 def profile(flavour: str, chance: random.Random) -> FaultProfile:
     """Return how the network behaves in between."""
     match flavour:
@@ -181,13 +186,15 @@ def slices(flavour: str, chance: random.Random) -> tuple[int, ...]:
     return tuple(chance.randint(10, 50) for _ in range(chance.randint(2, 5)))
 
 
-def faults(flavour: str, chance: random.Random, *, ttl_s: float) -> tuple[Fault, ...]:
-    """Draw what happens, by the time at which it does."""
+def faults(flavour: str, chance: random.Random, *, ttl_s: float, turn: int) -> tuple[Fault, ...]:
+    """Draw what happens, by the time at which it does; in the flavour's next turn the first is of the next kind."""
     if flavour == "handshake":
         return _storm(chance)
     kinds = KINDS.get(flavour, ())
     count = chance.randint(1, FAULTS_MAX) if kinds else 0
-    drawn = [_fault(chance.choice(kinds), chance, ttl_s) for _ in range(count)]
+    drawn = [
+        _fault(chance.choice(kinds) if number else kinds[turn % len(kinds)], chance, ttl_s) for number in range(count)
+    ]
     return tuple(sorted(drawn, key=lambda fault: fault.at_s))
 
 

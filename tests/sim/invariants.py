@@ -91,7 +91,7 @@ class Invariants:
             raise Broken("no handler fails", self._cluster.chronicle.bugs[0])
         for worker in self._cluster.workers:
             # One with neither leases nor jobs has nothing to do wrong.
-            if worker.is_up and worker.worker is not None and (worker.executors() or worker.worker.ledger._leases):
+            if worker.is_alive and worker.worker is not None and (worker.executors() or worker.worker.ledger._leases):
                 self._check_worker(worker)
         leading = [machine for machine in self._cluster.schedulers if machine.is_leading]
         for machine in leading:
@@ -173,7 +173,7 @@ class Invariants:
         """What the holder relies on, the grantor has not ended: the holder always stops first."""
         machine = self._cluster.machines[member.peer_id]
         incarnation = f"{machine.name}.{machine.incarnation}-"
-        if not machine.is_up or not member.lease_id.startswith(incarnation):
+        if not machine.is_alive or not member.lease_id.startswith(incarnation):
             return  # only its renewals can tell the holder of a crash
         worker = machine.worker  # type: ignore[attr-defined]
         lease = worker.ledger.live(member.lease_id, fence=member.fence, now=machine.runtime.now())
@@ -200,12 +200,16 @@ class Invariants:
         faults = self._reference.commit(entry)
         round_, epoch, quorum = entry.merged.round, entry.job_epoch, self._cluster.scenario.quorum
         members = self._members.get((epoch, round_), set())
+        # What was accepted outlives its sender's lease, and the scheduler that counted it.
+        counted = set[Member]().union(
+            *(each for (_, round_seen), each in self._members.items() if round_seen == round_)
+        )
         if len(entry.contributions) < quorum:
             faults.append(f"round {round_} has {len(entry.contributions)} contributions of {quorum} for a quorum")
         for each in entry.contributions:
             member = Member(peer_id=each.peer_id, fence=each.fence, lease_id=each.lease_id)
-            if member not in members:
-                faults.append(f"L2: {member.lease_id} was never counted in round {round_} of epoch {epoch}")
+            if member not in counted:
+                faults.append(f"L2: {member.lease_id} was never counted in round {round_} up to epoch {epoch}")
             faults += self._excluded(each.peer_id, each.fence, round_)
         self._count(entry, len(members))
         if faults:

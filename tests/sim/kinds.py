@@ -62,8 +62,6 @@ SAID = {
     "Outer step lost": "lost open step",
     "Update refused": "update refused",
     "Contribution excluded": "contribution excluded",
-    "Close refused": "close refused",
-    "Merge not taken": "merge not taken",
     "Base not fetched yet": "base not fetched at first",
     "Update not delivered yet": "update not delivered at first",
     "Provider failed": "provider failed",

@@ -76,6 +76,11 @@ class Machine:
         self.runtime: VirtualRuntime
         directory.mkdir()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs: one that crashed is up until its tasks are gone, but does nothing that counts."""
+        return self.is_up and not self.power.off
+
     def boot(self, fails: Callable[[], None]) -> None:
         """Begin the next incarnation; `fails` is told when the power goes in the midst of a write."""
         self.incarnation += 1
@@ -270,7 +275,7 @@ class SchedulerMachine(Machine):
     @property
     def is_leading(self) -> bool:
         """Whether it has begun a job epoch in this incarnation."""
-        return self.is_up and self.scheduler is not None and self.scheduler.coordinator is not None
+        return self.is_alive and self.scheduler is not None and self.scheduler.coordinator is not None
 
     def wipe(self) -> None:
         """Its journal is gone; the job's store is elsewhere."""

@@ -87,6 +87,6 @@ def draw(seed: int) -> Scenario:
         rates=tuple(chance.uniform(1 - CLOCK_DRIFT, 1 + CLOCK_DRIFT) for _ in range(16)) if flavour != "calm" else (),
         paces=tuple(chance.choice((0.15, 0.3, 0.3, 0.7)) for _ in range(8)),
         profile=flavours.profile(flavour, chance),
-        faults=flavours.faults(flavour, chance, ttl_s=ttl_s),
+        faults=flavours.faults(flavour, chance, ttl_s=ttl_s, turn=flavours.turn_of(seed)),
         parameter_servers=chance.choice((1, 2)),
     )
