@@ -152,6 +152,16 @@ async def test_a_commit_lets_go_of_what_could_undo_it(autojump_clock, play):
         play.session.committed(Committed(job_id="job-1", job_epoch=1, round=1, digest=digest_of("x")), SCHEDULER)
 
 
+async def test_whoever_joins_after_a_commit_gets_its_model_and_not_the_one_before(autojump_clock, play, tmp_path):
+    play.see(opened())
+    merged = await play.merged()
+    play.session.committed(Committed(job_id="job-1", job_epoch=1, round=1, digest=merged.model_digest), SCHEDULER)
+    data = await fetched(play, A, wanted(merged.model_digest, round=1), tmp_path / "after")
+    assert digest_of(data) == merged.model_digest
+    with pytest.raises(Refused, match="of round 0 is not held here"):
+        await fetched(play, A, wanted(BASE), tmp_path / "before")
+
+
 async def test_a_base_that_is_not_held_fails_the_job(autojump_clock, tmp_path):
     async with stage(tmp_path, peers=(A, B)) as here:
         here._nursery = Caught(here._nursery)
