@@ -34,7 +34,7 @@ from hypha.store.memory_disk import MemoryDisk
 from hypha.worker.arbiter import Arbiter
 from hypha.worker.config import Config, ExecutorConfig, LeaseConfig
 from hypha.worker.fences import FenceKeeper
-from tests.sim.virtual import VirtualRuntime
+from tests.sim.virtual import Clock, VirtualRuntime
 
 TRAIN = ExecutorConfig(work="train", name="diloco-transformer")
 AGGREGATE = ExecutorConfig(work="aggregate", name="parameter-server", runtime="parameter-server")
@@ -122,8 +122,8 @@ class Cast:
     def __init__(self, fabric: MemoryFabric) -> None:
         self.fabric = fabric
 
-    def runtime(self, name: str, **options: Any) -> VirtualRuntime:
-        return VirtualRuntime(self.fabric.seed, name, gate=self.fabric.gate(name), **options)
+    def runtime(self, name: str, **clock: float) -> VirtualRuntime:
+        return VirtualRuntime(self.fabric.seed, name, gate=self.fabric.gate(name), clock=Clock(**clock))
 
     @asynccontextmanager
     async def worker(

@@ -13,6 +13,7 @@ from hypha.scheduler.records import Granted, LeaseEnded, LeaseHeld, Record
 from hypha.scheduler.service import GOODBYE_S
 from hypha.store.blobs import Artifact, Blobs
 from hypha.store.journal import open_journal
+from hypha.worker.broadcast import DELIVERY_WAIT_S
 from tests.scheduler.stage import Stage
 from tests.sim.machines import WorkerMachine
 
@@ -208,7 +209,8 @@ def test_a_round_closes_at_its_deadline_with_the_quorum(stage):
         opened = trio.current_time()
         line = await stage.said("Round committed", "round=2")
         assert "contributors=1" in line
-        assert 9.0 < trio.current_time() - opened < 12.0
+        # The server lets the update go out to the silent one before the record does, as long as that may take.
+        assert 9.0 < trio.current_time() - opened < 12.0 + DELIVERY_WAIT_S
         assert not stage.lines("Worker lost")
 
     stage.play(script)
