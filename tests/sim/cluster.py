@@ -148,6 +148,7 @@ class Cluster:
                 parameter_server=Resources(cpu=1.0),
             ),
             checkpoint=CheckpointConfig(every=scenario.checkpoint_every, keep=2),
+            streaming=scenario.streaming,
         )
         table = SchedulerTable(job=job, welcome_s=1.0, retry_s=0.5, patience_s=2.0, hold_s=HOLD_S)
         return SchedulerConfig(cert_pem=PEM, key_pem=PEM, trust_pem=PEM, scheduler=table)

@@ -67,6 +67,7 @@ class Invariants:
             seed=MODEL_SEED,
             sizes=cluster.scenario.slices,
             outer=OUTER,
+            streaming=cluster.scenario.streaming,
             shards=cluster.scenario.parameter_servers,
         )
         self._objects = DirectoryObjects(cluster.store)
@@ -275,7 +276,10 @@ class Invariants:
         if book.job_epoch < self._chain_epoch:
             return  # it has been deposed and is about to find out: nothing under its epoch counts
         # It took effect when it was granted; the round may have closed while the journal was written.
-        if message.job_epoch != book.job_epoch or member not in self._members.get((book.job_epoch, message.round), ()):
+        # Ahead, of a round that no view has opened, a member of the round before gets them.
+        first = message.round - 1 if self._cluster.scenario.overlap else message.round
+        members = [self._members.get((book.job_epoch, number), ()) for number in (first, message.round)]
+        if message.job_epoch != book.job_epoch or not any(member in each for each in members):
             raise Broken("L2 who is no member gets no samples", f"{asker} got some in round {message.round}")
         if twice := self._reference.used_of(answer.interval):
             raise Broken("L6 a used sample is not granted", f"{twice[:4]} of epoch {answer.interval.epoch} again")

@@ -9,6 +9,7 @@ import random
 from msgspec import Struct
 
 from hypha.network.memory_faults import FaultProfile
+from hypha.protocol.fragments import Streaming
 from tests.sim import flavours
 from tests.sim.flavours import CALM, Fault
 
@@ -46,6 +47,13 @@ class Scenario(Struct, frozen=True, kw_only=True):
     paces: tuple[float, ...] = ()  # seconds for a batch on each worker
     profile: FaultProfile = CALM
     faults: tuple[Fault, ...] = ()
+    fragments: int = 1
+    overlap: int = 0  # inner steps
+
+    @property
+    def streaming(self) -> Streaming:
+        """How the job synchronises its model."""
+        return Streaming(fragments=self.fragments, overlap_steps=self.overlap)
 
     @property
     def healed_at_s(self) -> float:
@@ -89,4 +97,6 @@ def draw(seed: int) -> Scenario:
         profile=flavours.profile(flavour, chance),
         faults=flavours.faults(flavour, chance, ttl_s=ttl_s, turn=flavours.turn_of(seed)),
         parameter_servers=chance.choice((1, 2)),
+        fragments=chance.choice((1, 2, 3)),
+        overlap=chance.choice((0, 0, 1, 2)),
     )
