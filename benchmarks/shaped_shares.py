@@ -26,6 +26,8 @@ class Event(Struct, frozen=True):
 
 
 Window = tuple[float, float]
+# As the executors note it.
+CODING = "coding the pseudo-gradient"
 
 
 def noted(folder: Path) -> list[list[Event]]:
@@ -42,6 +44,12 @@ def step_s(workers: list[list[Event]], latest: int, at_least: int) -> float | No
     if len(steps) < TRAINERS or min(map(len, steps)) < at_least:
         return None
     return statistics.median(itertools.chain.from_iterable(steps))
+
+
+def over(variant: Variant, workers: list[list[Event]]) -> bool:
+    """Return whether every trainer has taken its last inner step: it codes one pseudo-gradient after each round's."""
+    coded = [sum(event.what == CODING for event in events) for events in workers]
+    return len(coded) == TRAINERS and min(coded) >= variant.rounds
 
 
 def parameters(workers: list[list[Event]]) -> int:
