@@ -81,6 +81,7 @@ class Coordinator:
         self._patience_s = patience_s
         self._failures_max = failures_max
         self._employed: set[Member] = set()
+        self._unstored: set[Member] = set()  # servers whose initial state is not in the store yet
         self.trying: set[Member] = set()  # leases of the last run that may still be adopted
         self.shards: dict[Member, int] = {}  # what each parameter server's lease is for
         self._failed_in_a_row = 0
@@ -213,13 +214,25 @@ class Coordinator:
         """A parameter server holds state: what has no stored copy yet is stored, so that a resume can start there."""
         assert self._nursery is not None
         if message.momentum_digest is not None and self.store.state.round == message.round == 0:
+            self._unstored.add(server)
             self._nursery.start_soon(self._keep_initial, server, message.digest, message.momentum_digest)
 
     async def _keep_initial(self, server: Member, model_digest: str, momentum_digest: str) -> None:
         # The model last: it is what a resume looks for, and must not lie there alone.
         for part, digest in (("momentum", momentum_digest), ("model", model_digest)):
             wanted = Wanted(part=kind_of(part, self.shards.get(server, 0)), round=0, digest=digest)
-            await self._committer.keep(wanted, server)
+            if not await self._committer.keep(wanted, server):
+                return
+        self._unstored.discard(server)
+        self.wake()
+
+    async def _has_beginning(self, outcome: Outcome) -> bool:
+        """Wait until what the first round began with is stored: a record alone leads nowhere. False: it cannot be."""
+        while waiting := [server for server in outcome.servers if server in self._unstored]:
+            if not all(self.pool.is_live(server) for server in waiting):
+                return False
+            await self.changed()
+        return True
 
     # --- driving --------------------------------------------------------------------------------------------------
 
@@ -330,7 +343,7 @@ class Coordinator:
 
     async def _commit(self, outcome: Outcome, traced: Span) -> None:
         with traced.current():
-            durable = await self._committer.commit(outcome)
+            durable = await self._has_beginning(outcome) and await self._committer.commit(outcome)
         if durable:
             self._committed(outcome)
             traced.set(samples=outcome.samples, contributors=len(outcome.contributions))

@@ -25,8 +25,9 @@ class Wall:
         self.jumps: dict[str, float] = {}
 
     def time(self) -> float:
-        """Seconds since 1970, as the machine has it whose task asks."""
-        return BEGAN_S + trio.current_time() + self.jumps.get(NODE.get(), 0.0)
+        """Seconds since 1970, as the machine has it whose task asks; libraries' threads are on no machine."""
+        now = trio.current_time() if trio.lowlevel.in_trio_run() else 0.0
+        return BEGAN_S + now + self.jumps.get(NODE.get(), 0.0)
 
     def time_ns(self) -> int:
         """Likewise in nanoseconds."""
