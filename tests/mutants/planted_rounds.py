@@ -4,6 +4,7 @@ from tests.mutants.planted import SCHEDULER, Planted
 
 ROUNDS = (
     "tests/protocol/test_rounds.py",
+    "tests/protocol/test_rounds_restarted.py",
     "tests/protocol/test_rounds_waits.py",
     "tests/protocol/test_rounds_properties.py",
     "tests/protocol/test_fragments.py",
@@ -13,12 +14,12 @@ VIEWS = ("tests/protocol/test_views.py",)
 AGGREGATOR = ("tests/worker/test_aggregator.py", "tests/worker/test_aggregator_serving.py")
 TRAINER = ("tests/worker/test_trainer.py", "tests/worker/test_trainer_updates.py")
 MERGED_IN_ORDER = "[generation.held[key] for key in sorted((peer, fence) for peer, fence, _ in request.contributors)]"
-COMMIT = """            durable = await self._committer.commit(outcome)
+COMMIT = """            durable = await self._has_beginning(outcome) and await self._committer.commit(outcome)
         if durable:
             self._committed(outcome)
 """
 COMMIT_EARLY = """            self._committed(outcome)
-            durable = await self._committer.commit(outcome)
+            durable = await self._has_beginning(outcome) and await self._committer.commit(outcome)
         if durable:
 """
 

@@ -277,8 +277,11 @@ def test_of_what_was_lost_only_what_is_still_owed_stays_on_disk(tmp_path):
     spec = job_with(both("topk"), rounds=Rounds(updates=5, samples_between_updates=64, max_batch_size=8))
     with Job(tmp_path, spec, workers=1, sync_after=2) as job:
         finish(job, start_server(job), start_workers(job))
-        assert {path.name for path in job.workers[0].dir.glob("lost-*")} <= {"lost-4.safetensors", "lost-5.safetensors"}
-        assert (job.workers[0].dir / "lost-5.safetensors").exists()
+        assert {path.name for path in job.workers[0].dir.glob("lost-*")} <= {
+            "lost-4-0.safetensors",
+            "lost-5-0.safetensors",
+        }
+        assert (job.workers[0].dir / "lost-5-0.safetensors").exists()
 
 
 def test_a_worker_adds_what_it_owes_to_its_next_update(tmp_path, monkeypatch):

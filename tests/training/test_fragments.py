@@ -260,8 +260,8 @@ def test_files_of_rounds_that_are_committed_are_removed(tmp_path):
     names = {path.name for path in job.workers[0].dir.glob("*-*.safetensors")}
     assert {name for name in names if name.startswith("local")} <= {f"local-{n}.safetensors" for n in (5, 6, 7)}
     # A debt waits for its fragment's next turn: the newest of both fragments, and what an undone round would owe.
-    assert {name for name in names if name.startswith("lost")} <= {f"lost-{n}.safetensors" for n in (3, 4, 5, 6)}
-    assert {"lost-5.safetensors", "lost-6.safetensors"} <= names
+    assert {name for name in names if name.startswith("lost")} <= {f"lost-{n}-0.safetensors" for n in (3, 4, 5, 6)}
+    assert {"lost-5-0.safetensors", "lost-6-0.safetensors"} <= names
 
 
 # --- the parameter server ---

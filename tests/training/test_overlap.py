@@ -207,8 +207,18 @@ def test_without_samples_ahead_an_update_is_applied_at_once(tmp_path):
 
 def test_who_is_granted_nothing_ahead_waits_and_contributes_nothing(tmp_path):
     class Refusing(Ahead):
+        refused = False
+
         def grant(self, machine, round_, wanted):
-            return NoSamples(round=round_) if round_ > self.round else super().grant(machine, round_, wanted)
+            if round_ <= self.round:
+                return super().grant(machine, round_, wanted)
+            self.refused = True
+            self.changed.notify_all()
+            return NoSamples(round=round_)
+
+        def judged(self, report):
+            assert self.changed.wait_for(lambda: self.refused, 30)
+            super().judged(report)
 
         def send(self, machine, update):
             self.__dict__.setdefault("samples", []).append(update.samples)
