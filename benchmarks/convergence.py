@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.codecs import ratio
-from benchmarks.convergence_runs import BATCH, BATCHES, SEQUENCE, Outcome, Spec, fragments_are_there, train
+from benchmarks.convergence_runs import BATCH, BATCHES, SEQUENCE, Outcome, Spec, train
 from benchmarks.report import Figure, print_report
 from hypha.dataset_tool import prepare
 from hypha.demo.corpus import standard_library
@@ -48,10 +48,9 @@ def specs() -> list[Spec]:
     runs += [Spec(name=f"{count} workers", workers=count) for count in (4, 8)]
     runs += [Spec(name=f"H = {steps}", inner_steps=steps) for steps in (10, 100)]
     runs.append(Spec(name="outer 0.7, momentum 0.9", learning_rate=0.7, momentum=0.9))
-    if fragments_are_there():
-        runs.append(Spec(name="2 fragments", fragments=2))
-        runs.append(Spec(name="2 fragments, overlap 5, mixing 0.5", fragments=2, overlap=5, mixing=0.5))
-        runs.append(Spec(name="2 fragments, int4", fragments=2, upward=INT4, downward=INT4))
+    runs.append(Spec(name="2 fragments", fragments=2))
+    runs.append(Spec(name="2 fragments, overlap 5, mixing 0.5", fragments=2, overlap=5, mixing=0.5))
+    runs.append(Spec(name="2 fragments, int4", fragments=2, upward=INT4, downward=INT4))
     return runs
 
 

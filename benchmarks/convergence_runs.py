@@ -21,6 +21,7 @@ from msgspec import Struct
 
 from hypha.dataset import open_dataset
 from hypha.protocol.compression import Coding
+from hypha.protocol.fragments import split
 from hypha.protocol.job import InnerOptimizer, ModelSpec, OuterOptimizer, Schedule
 from hypha.training import outer, tensors
 from hypha.training.batches import Batch, Rows
@@ -260,17 +261,4 @@ class DiLoCo:
 
 def _split(start: dict[str, torch.Tensor], fragments: int) -> list[list[str]]:
     """Return the names of each fragment, as the product splits them."""
-    if fragments == 1:
-        return [list(start)]
-    from hypha.protocol.fragments import split
-
     return [sorted(part) for part in split(start, fragments)]
-
-
-def fragments_are_there() -> bool:
-    """Whether the product knows how to split a model."""
-    try:
-        from hypha.protocol import fragments  # noqa: F401
-    except ImportError:
-        return False
-    return True

@@ -8,19 +8,18 @@ Everything from the push to the loaded update is hypha.training.train as it is.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from benchmarks.noting import Idle, Noting
 from hypha.protocol.bridge import SendUpdate, UpdateArrived
 from hypha.protocol.job import JobSpec
-from hypha.training import executor, train
-from hypha.training.inner import Batch, Inner, InnerLoop
+from hypha.training import executor
+from hypha.training.inner import Batch
+from hypha.training.kept import Kept
 from hypha.training.session import Session
 
 # Long enough for the samples of a round to be shared out evenly.
@@ -29,41 +28,27 @@ POLL_S = 0.002
 BARRIER_S_MAX = 120.0
 
 
-class Still(InnerLoop):
+class Still(Idle):
     """Moves the parameters without computing anything."""
-
-    def __init__(self, loop: InnerLoop) -> None:
-        self.__dict__ = loop.__dict__
 
     def step(self, batch: Batch, *, round_: int) -> float:
         """Shrink everything, and let time pass."""
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.mul_(1 - 1e-3)
+        self.shrink(1e-3)
         time.sleep(STEP_S)
         self.steps += 1
         self.step_s = STEP_S
         return 1.0
 
-    def save(self, path: Path) -> Inner:
-        """There are no moments to keep."""
-        return Inner(None, self.steps, self.offset, (torch.get_rng_state(),))
 
-
-class Timed(train.Trainer):
-    """A trainer that notes when it pushes and when it stands on a new base."""
+class Timed(Noting):
+    """A trainer that starts its pushes together with the others."""
 
     def __init__(self, session: Session, job: JobSpec, work_dir: Path, *, folder: Path, workers: int) -> None:
-        super().__init__(session, job, work_dir)
+        super().__init__(session, job, work_dir, notes=folder / f"{os.getpid()}.jsonl")
         self.inner = Still(self.inner)
         self.folder, self.workers = folder, workers
-        self.notes = (self.folder / f"{os.getpid()}.jsonl").open("a", buffering=1)
 
-    def note(self, event: str, **more: object) -> None:
-        """Append a line."""
-        self.notes.write(json.dumps({"round": self.here, "event": event, "at": time.monotonic(), **more}) + "\n")
-
-    def send(self, kept: train.Kept, update: SendUpdate) -> None:
+    def send(self, kept: Kept, update: SendUpdate) -> None:
         """Start together with the others."""
         arrived = self.folder / f"ready-{self.here}"
         arrived.mkdir(exist_ok=True)
@@ -71,15 +56,12 @@ class Timed(train.Trainer):
         until = time.monotonic() + BARRIER_S_MAX
         while len(list(arrived.iterdir())) < self.workers and time.monotonic() < until:
             time.sleep(POLL_S)
-        self.note("push", bytes=sum(file.bytes for file in update.files), samples=update.samples)
         super().send(kept, update)
-        self.note("pushed")
 
     def apply(self, arrived: UpdateArrived) -> None:
-        """Note when the update is here, and when it is loaded."""
+        """Note when the update is here, too."""
         self.note("arrived")
         super().apply(arrived)
-        self.note("loaded")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

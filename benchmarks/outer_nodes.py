@@ -18,6 +18,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from benchmarks.certificates import issue
+from benchmarks.ending import end
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -173,13 +174,7 @@ def nodes(cluster: Cluster) -> Iterator[Running]:
             _wait_for(cluster, name, READY["data" if name == "data" else "worker"])
         yield running
     finally:
-        for process in running.processes.values():
-            process.terminate()
-        for process in running.processes.values():
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        end(running.processes.values(), STOP_S)
 
 
 def _wait_for(cluster: Cluster, name: str, word: str, patience_s: float = 300.0) -> None:

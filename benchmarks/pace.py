@@ -25,6 +25,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from benchmarks.certificates import issue
+from benchmarks.ending import end
 from benchmarks.report import Figure, print_report
 from hypha.demo.nodes import free_port
 
@@ -139,13 +140,7 @@ def nodes(found: list[tuple[str, Path]]) -> Iterator[subprocess.Popen[bytes]]:
                 running.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
         yield running[-1]
     finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        end(running, STOP_S)
 
 
 def play(sizes: str) -> dict[int, list[Event]]:

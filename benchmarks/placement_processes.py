@@ -24,6 +24,7 @@ import trio
 from msgspec import Struct
 
 from benchmarks.certificates import Files, issue
+from benchmarks.ending import end
 from benchmarks.report import Figure
 from hypha.config import NodeConfig, load_config
 from hypha.demo.nodes import free_port
@@ -97,13 +98,7 @@ def nodes(directory: Path) -> Iterator[tuple[NodeConfig, list[psutil.Process]]]:
         config = load_config(NodeConfig, configured(directory / "scheduler.toml", files["scheduler"], *join), {})
         yield config, [psutil.Process(process.pid) for process in running]
     finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        end(running, STOP_S)
 
 
 async def measure(config: NodeConfig, processes: list[psutil.Process]) -> Taken:

@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from benchmarks import shaped_links
 from benchmarks.certificates import issue
+from benchmarks.ending import end
 from hypha.demo.nodes import free_port
 
 TRAINERS = 2
@@ -152,13 +153,7 @@ def running(directory: Path, roles: dict[str, str]) -> Iterator[subprocess.Popen
                 _wait_for(directory / f"{name}.log", READY[role])
         yield started["scheduler"]
     finally:
-        for process in started.values():
-            process.terminate()
-        for process in started.values():
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        end(started.values(), STOP_S)
 
 
 def _start(directory: Path, name: str, role: str) -> subprocess.Popen[bytes]:

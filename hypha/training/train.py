@@ -6,7 +6,7 @@
                               └── UpdateArrived: θ ← θ_base − U ◀── wait
 
 What to do next is decided by hypha.training.standing. For every round not yet committed the executor keeps the base (a
-files, one for each shard), its inner state from the round's beginning, and its update: so it can go back and send that
+file for each shard), its inner state from the round's beginning, and its update: so it can go back and send that
 again (hypha.training.kept). Where a round synchronises a fragment only, its own parameters from the round's beginning
 are kept, too (hypha.training.local).
 """

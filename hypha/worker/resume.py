@@ -5,7 +5,6 @@ ResumePoint ──▶ model r, momentum r, records r+1 … n   each by digest, e
 """
 
 from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError
-from hypha.network.artifacts import fetch_artifact
 from hypha.network.retry import Backoff
 from hypha.protocol.bridge import FileRef, ResumeFetched
 from hypha.protocol.messages import FetchModel
@@ -40,19 +39,10 @@ async def _fetch(context: JobContext, wanted: FetchModel, backoff: Backoff) -> F
     refusals = 0
     while True:
         try:
-            size = await fetch_artifact(
-                context.network,
-                context.scheduler,
-                wanted,
-                path,
-                runtime=context.runtime,
-                patience_s=context.transfers.stall_s,
-            )
+            return await context.bring(context.scheduler, wanted, path)
         except (PeerUnreachable, RemoteProtocolError) as error:
             log.info("State not fetched yet", part=wanted.part, round=wanted.round, reason=str(error))
             refusals += isinstance(error, Refused) and error.code == "refused"
             if refusals >= REFUSALS_MAX:
                 raise
             await backoff.wait()
-            continue
-        return FileRef(path=path.name, bytes=size, digest=wanted.digest)

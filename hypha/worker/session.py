@@ -16,6 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from hypha.errors import HyphaError, JobFailed, Refused, RemoteProtocolError
+from hypha.network.artifacts import fetch_artifact
 from hypha.network.breaker import Breakers
 from hypha.network.fetch import Providers, fetch_slice
 from hypha.network.outbox import Outbox
@@ -26,6 +27,7 @@ from hypha.protocol.bridge import (
     ExecutorFailed,
     FetchHeldOut,
     FetchSource,
+    FileRef,
     HeldOutFetched,
     RoundCommitted,
     SourceFetched,
@@ -33,7 +35,7 @@ from hypha.protocol.bridge import (
     ViewChanged,
 )
 from hypha.protocol.job import JobSpec
-from hypha.protocol.messages import Committed, Message, Request, RoundView, SliceRef
+from hypha.protocol.messages import Committed, FetchModel, Message, Request, RoundView, SliceRef
 from hypha.protocol.views import ViewGuard, refusal
 from hypha.runtime import Runtime
 from hypha.telemetry import Kind, forward, get_logger, metrics
@@ -64,6 +66,13 @@ class JobContext(Struct, frozen=True, kw_only=True):
     transfers: TransferConfig
     cache: SliceCache
     stall_s: float
+
+    async def bring(self, peer_id: str, wanted: FetchModel, path: Path) -> FileRef:
+        """Bring a file of tensors into the work directory. Raises what `fetch_artifact` does."""
+        size = await fetch_artifact(
+            self.network, peer_id, wanted, path, runtime=self.runtime, patience_s=self.transfers.stall_s
+        )
+        return FileRef(path=path.name, bytes=size, digest=wanted.digest)
 
 
 class Session:

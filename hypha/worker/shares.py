@@ -11,11 +11,10 @@ from hashlib import sha256
 import trio
 
 from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError
-from hypha.network.artifacts import fetch_artifact
 from hypha.protocol.bridge import FetchOthers, FileRef, OthersFetched
 from hypha.protocol.job import JobSpec
 from hypha.protocol.messages import FetchModel, PushUpdate, RoundView
-from hypha.protocol.shards import kind_of, whole_digest
+from hypha.protocol.shards import kind_of, part_of, whole_digest
 from hypha.protocol.views import server_of
 from hypha.worker.session import Session
 from hypha.worker.together import together
@@ -37,6 +36,20 @@ def misfit(job: JobSpec, header: PushUpdate) -> str | None:
     return None
 
 
+def base_of(view: RoundView, shard: int) -> FetchModel | None:
+    """Return the question for a shard's part of a view's base; None where there is no such part."""
+    digest = part_of(view.base_digest, view.parts, shard)
+    if digest is None:
+        return None
+    return FetchModel(
+        job_id=view.job_id,
+        job_epoch=view.job_epoch,
+        part=kind_of("model", shard),
+        round=view.round - 1,
+        digest=digest,
+    )
+
+
 async def fetch_others(session: Session, request: FetchOthers) -> OthersFetched:
     """Bring the other shards of a model here. Raises Refused: it is gone, or (code "retry") not to be had now."""
     job = session.context.job
@@ -50,7 +63,7 @@ async def fetch_others(session: Session, request: FetchOthers) -> OthersFetched:
     if (
         view is None
         or view.round != request.round + 1
-        or (view.parts or (view.base_digest,))[job.shard] != request.digest
+        or part_of(view.base_digest, view.parts, job.shard) != request.digest
     ):
         raise Refused(f"model {request.round} is not the open round's base any more")
     others = [shard for shard in range(job.shards) if shard != job.shard]
@@ -58,21 +71,11 @@ async def fetch_others(session: Session, request: FetchOthers) -> OthersFetched:
 
 
 async def _fetch(session: Session, view: RoundView, shard: int) -> FileRef:
-    context, server, digest = session.context, server_of(view, shard), view.parts[shard]
+    context, server, wanted = session.context, server_of(view, shard), base_of(view, shard)
     path = context.directory / f"others-{view.round - 1}-{shard}.safetensors"
-    wanted = FetchModel(
-        job_id=view.job_id,
-        job_epoch=view.job_epoch,
-        part=kind_of("model", shard),
-        round=view.round - 1,
-        digest=digest,
-    )
-    if server is None:
+    if server is None or wanted is None:
         raise Refused(f"shard {shard} has no parameter server", "retry")
     try:
-        size = await fetch_artifact(
-            context.network, server.peer_id, wanted, path, runtime=context.runtime, patience_s=context.transfers.stall_s
-        )
+        return await context.bring(server.peer_id, wanted, path)
     except (PeerUnreachable, RemoteProtocolError) as error:
         raise Refused(f"shard {shard} of model {view.round - 1} is not here yet: {error}", "retry") from error
-    return FileRef(path=path.name, bytes=size, digest=digest)

@@ -17,7 +17,6 @@ from typing import Any
 import trio
 
 from hypha.errors import PeerUnreachable, RemoteProtocolError
-from hypha.network.artifacts import fetch_artifact
 from hypha.network.seam import Stream
 from hypha.network.transfer import send_file
 from hypha.protocol import bridge
@@ -25,7 +24,6 @@ from hypha.protocol.messages import (
     Accepted,
     Contribution,
     Done,
-    FetchModel,
     Member,
     Message,
     OuterUpdate,
@@ -39,13 +37,14 @@ from hypha.protocol.messages import (
     SyncAfter,
     UpdateRefused,
 )
-from hypha.protocol.shards import kind_of, part_of, whole_digest
+from hypha.protocol.shards import whole_digest
 from hypha.protocol.views import Ordered, order_of, server_of
 from hypha.telemetry import extracted, get_logger, inject, metrics, span
 from hypha.worker.arrivals import Arrivals, discard
 from hypha.worker.redelivery import Redelivery
 from hypha.worker.samples import Samples
 from hypha.worker.session import JobContext, Session
+from hypha.worker.shares import base_of
 from hypha.worker.together import together
 
 log = get_logger("worker.trainer")
@@ -124,30 +123,14 @@ class TrainSession(Session):
         return found if len(found) == len(files) else None
 
     async def _try_fetch_part(self, view: RoundView, shard: int, path: Path) -> bridge.FileRef | None:
-        context, server = self.context, server_of(view, shard)
-        digest = part_of(view.base_digest, view.parts, shard)
-        if server is None or digest is None:
+        server, wanted = server_of(view, shard), base_of(view, shard)
+        if server is None or wanted is None:
             return None
-        wanted = FetchModel(
-            job_id=view.job_id,
-            job_epoch=view.job_epoch,
-            part=kind_of("model", shard),
-            round=view.round - 1,
-            digest=digest,
-        )
         try:
-            size = await fetch_artifact(
-                context.network,
-                server.peer_id,
-                wanted,
-                path,
-                runtime=context.runtime,
-                patience_s=context.transfers.stall_s,
-            )
+            return await self.context.bring(server.peer_id, wanted, path)
         except (PeerUnreachable, RemoteProtocolError) as error:
             log.info("Base not fetched yet", server=server.peer_id, round=view.round, reason=str(error))
             return None
-        return bridge.FileRef(path=path.name, bytes=size, digest=digest)
 
     def _goes_on_with(self, view: RoundView, wanted: Callable[[], bool]) -> bool:
         return self._stands(view) and wanted() and not self.stopped
