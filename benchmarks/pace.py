@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 
 from benchmarks.certificates import issue
@@ -162,7 +163,7 @@ def play(sizes: str) -> dict[int, list[Event]]:
 
 def noted(text: str) -> list[Event]:
     """Read an executor's notes."""
-    return [Event(**json.loads(line)) for line in text.splitlines()]
+    return [msgspec.json.decode(line, type=Event) for line in text.splitlines()]
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------
