@@ -9,13 +9,14 @@ a socket that is shut down under its thread makes the call return. An end that i
 sender that faces a closed window would never notice a FIN.
 """
 
+import errno
 import queue
 import socket
 import ssl
 import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 from libp2p.abc import IRawConnection
@@ -58,8 +59,25 @@ def take_socket(raw: IRawConnection) -> socket.socket:
     return taken
 
 
+class _Secured(ssl.SSLSocket):
+    """One that is closed where the peer was gone before it was made: `ssl` then drops it open, its descriptor with it.
+
+    Seen with CPython 3.11.7: `wrap_socket` detaches the plain socket, finds the new one not connected, reads
+    from it, and lets any error but two of that read pass.
+    """
+
+    def getpeername(self) -> Any:
+        """Return the peer's address. Raises ConnectionResetError when there is none."""
+        try:
+            return super().getpeername()
+        except OSError as error:
+            self.close()
+            raise ConnectionResetError(errno.ECONNRESET, "the peer is gone") from error
+
+
 async def handshake(plain: socket.socket, context: ssl.SSLContext, *, server_side: bool) -> ssl.SSLSocket:
     """Shake hands in trio, cancellably; the socket is closed where that fails. Raises ssl.SSLError, OSError."""
+    context.sslsocket_class = _Secured
     try:
         secured = context.wrap_socket(
             plain, server_side=server_side, do_handshake_on_connect=False, suppress_ragged_eofs=False

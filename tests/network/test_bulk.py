@@ -332,6 +332,25 @@ async def test_a_peer_revoked_during_a_transfer_does_not_get_the_rest(pki, tmp_p
         await until(lambda: at_rest(a, b))
 
 
+async def test_a_peer_that_is_gone_before_the_handshake_leaves_no_socket_open(nodes):
+    context = nodes.identity("a", "data").server_context(bulk.ALPN)
+    listener = trio.socket.socket()
+    await listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    peer = socket.create_connection(listener.getsockname())
+    accepted, _ = await listener.accept()
+    listener.close()
+    plain = socket.socket(fileno=accepted.detach())
+    plain.settimeout(0.0)
+    bulk_socket.abort(peer)
+    await trio.lowlevel.wait_readable(plain)
+    descriptor = plain.fileno()
+    with pytest.raises(ConnectionResetError):
+        await bulk_socket.handshake(plain, context, server_side=True)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
 async def test_many_given_up_transfers_leave_nothing_behind(nodes, tmp_path):
     files = Files(tmp_path, 4 * LANE_BYTES_MIN)
     async with nodes.alone("a", "worker") as a, nodes.alone("b", "data") as b:
