@@ -16,7 +16,7 @@ import ssl
 import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import trio
 from libp2p.abc import IRawConnection
@@ -66,7 +66,7 @@ class _Secured(ssl.SSLSocket):
     from it, and lets any error but two of that read pass.
     """
 
-    def getpeername(self) -> Any:
+    def getpeername(self) -> object:
         """Return the peer's address. Raises ConnectionResetError when there is none."""
         try:
             return super().getpeername()
