@@ -112,13 +112,15 @@ class Compression(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     pseudo_gradients  codec from worker to parameter server
     outer_updates     codec from parameter server to workers
     rounding          of int4 pseudo-gradients; outer updates are always rounded to nearest, as a record must replay
-    density           the part of each chunk of 4096 elements that topk sends
+    density           the part of each chunk of 4096 elements that topk sends, from each worker
+    outer_density     the same of outer updates: the choices of all workers meet there, so it takes more to keep up
     """
 
     pseudo_gradients: CodecName = "none"
     outer_updates: CodecName = "none"
     rounding: Literal["nearest", "stochastic"] = "nearest"
     density: Annotated[float, Meta(ge=0.01, le=0.03)] = 0.02
+    outer_density: Annotated[float, Meta(ge=0.01, le=0.2)] = 0.1
 
     def __post_init__(self) -> None:
         """Refuse a way of rounding for what is not rounded so."""
@@ -133,4 +135,4 @@ class Compression(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     @property
     def downward(self) -> Coding:
         """From parameter server to workers."""
-        return Coding(codec=self.outer_updates, density=self.density)
+        return Coding(codec=self.outer_updates, density=self.outer_density)

@@ -325,10 +325,10 @@ def test_no_two_workers_round_alike():
 
 
 def test_a_job_says_how_its_updates_travel_and_old_ones_say_nothing():
-    spec = job_with(Compression(pseudo_gradients="topk", density=0.01, outer_updates="bf16"))
+    spec = job_with(Compression(pseudo_gradients="topk", density=0.01, outer_updates="topk", outer_density=0.12))
     again = msgspec.json.decode(msgspec.json.encode(spec), type=JobSpec)
     assert again.compression.upward == Coding(codec="topk", density=0.01)
-    assert again.compression.downward == Coding(codec="bf16", density=0.01)
+    assert again.compression.downward == Coding(codec="topk", density=0.12)
     plain = msgspec.json.decode(msgspec.json.encode(job_spec()))
     del plain["compression"]
     assert msgspec.convert(plain, JobSpec).compression == Compression()
@@ -340,6 +340,7 @@ def test_a_job_says_how_its_updates_travel_and_old_ones_say_nothing():
         ({"pseudo_gradients": "int3"}, "Invalid enum value 'int3' - at `\\$.pseudo_gradients`"),
         ({"outer_updates": "zip"}, "Invalid enum value 'zip' - at `\\$.outer_updates`"),
         ({"density": 0.5}, "Expected `float` <= 0.03 - at `\\$.density`"),
+        ({"outer_density": 0.5}, "Expected `float` <= 0.2 - at `\\$.outer_density`"),
         ({"rounding": "stochastic"}, "rounding 'stochastic' is for pseudo_gradients 'int4', not 'none'"),
         ({"codec": "int8"}, "unknown field `codec`"),
     ],
