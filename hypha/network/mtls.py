@@ -136,6 +136,11 @@ class SecureConn(BaseSession):
         """Send several buffers as if they were one, without joining them."""
         await self._pipe.write(*parts)
 
+    @property
+    def frame_bytes(self) -> int:
+        """How large a write may be for others not to wait long behind it; changes with what the connection takes."""
+        return self._pipe.frame_bytes
+
     async def close(self) -> None:
         """Close the connection beneath."""
         await self._pipe.aclose()

@@ -19,16 +19,15 @@ from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 
+from hypha.network.drain import Drain
 from hypha.telemetry import metrics
 
 # One read from the socket: a yamux frame's worth. More only moves bytes out of the kernel earlier.
 RAW_READ_BYTES = 256 << 10
 # Through a relay frames come one by one, and reading less than a whole one would copy it.
 RELAYED_READ_BYTES = 1 << 20
-# A quarter of a MiB takes 15 s only on a link of 17 kB/s; a frozen peer is noticed by keep-alives before that.
+# A frame of 16 KiB takes 15 s only on a link of 1 kB/s; a frozen peer is noticed by keep-alives before that.
 WRITE_STALL_S = 15.0
-# What may wait in the kernel: one frame, so that a small message behind it waits for one frame only.
-UNSENT_BYTES = 256 << 10
 # Closing needs no answer from anybody.
 CLOSE_S = 1.0
 
@@ -42,6 +41,8 @@ class TlsPipe:
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
         self._write_lock = trio.Lock()
         self._socket = _socket_of(raw)
+        self._drain = Drain()
+        self._bound_unsent()
         self.closed = False
 
     async def handshake(self) -> None:
@@ -68,6 +69,11 @@ class TlsPipe:
     def on_tcp(self) -> bool:
         """Whether a TCP socket of this machine carries it, and not a relay's stream."""
         return self._socket is not None
+
+    @property
+    def frame_bytes(self) -> int:
+        """How large a write may be for others not to wait long behind it."""
+        return self._drain.frame_bytes
 
     def peer_certificate(self) -> bytes:
         """The peer's verified certificate, DER."""
@@ -133,11 +139,21 @@ class TlsPipe:
         metrics.NETWORK_BYTES_SENT.add(len(record))
         with trio.move_on_after(WRITE_STALL_S) as stall:
             stall.shield = True
+            began = trio.current_time()
             await self._send(record)
+            if self._drain.took(len(record), began, trio.current_time()):
+                self._bound_unsent()
         if stall.cancelled_caught:
             self.closed = True
             await self._close_raw()
             raise ConnectionClosedError(f"the peer took nothing for {WRITE_STALL_S:g} s")
+
+    def _bound_unsent(self) -> None:
+        """Let one frame wait in the kernel, so that a small message behind it waits for one frame only."""
+        if self._socket is not None:
+            with suppress(OSError, AttributeError):  # not on every system, and not once it is closed
+                # trio stops at 16 KiB of unsent data, which makes many sends of a large frame.
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, self._drain.frame_bytes)
 
     async def _pull(self) -> None:
         data = await self._receive()
@@ -181,9 +197,4 @@ async def take(lock: trio.Lock) -> None:
 def _socket_of(raw: IRawConnection) -> trio.SocketStream | None:
     """Return the socket under a plain TCP connection, so that four layers need not be crossed for every record."""
     tcp = raw.stream if isinstance(raw, RawConnection) else None
-    if not isinstance(tcp, TrioTCPStream):
-        return None
-    with suppress(OSError, AttributeError):  # not on every system
-        # trio stops at 16 KiB of unsent data, which makes three sends of every frame.
-        tcp.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-    return tcp.stream
+    return tcp.stream if isinstance(tcp, TrioTCPStream) else None

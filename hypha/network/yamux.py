@@ -8,6 +8,7 @@
 
     reading loop ─▶ chunks per stream ─▶ reader ─▶ WINDOW ─▶ writer goes on (waits without limit: back-pressure)
     control frames ─▶ queue ─▶ its own task, so that the reading loop never waits for a peer that does not read
+    small requests ─────────▶ at most two frames of bulk before them, each as large as passes in 0.1 s (see `drain`)
 
 py-libp2p's own Yamux resets a writer after 5 s without window, polls every 10 ms, copies every frame three times,
 takes cancelled reads for lost events and notices no frozen peer; so this one is written anew. Every stream may have
@@ -29,9 +30,10 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
 from multiaddr import Multiaddr
 
+from hypha.network.drain import FRAME_BYTES_MAX
 from hypha.network.mtls import SecureConn
 from hypha.network.tls_pipe import take
-from hypha.network.yamux_stream import FRAME_BYTES_MAX, WINDOW_BYTES, YamuxStream
+from hypha.network.yamux_stream import LEFT_OVER_BYTES_MAX, WINDOW_BYTES, YamuxStream
 from hypha.telemetry import get_logger
 
 PROTOCOL_ID = "/hypha/yamux/1.0.0"
@@ -76,6 +78,7 @@ class Yamux(IMuxedConn):
         self._control: deque[bytes] = deque()
         self._control_ready = trio.Event()
         self._write_lock = trio.Lock()
+        self._bulk_turn = trio.Lock()
         self._heard = False
         self._scope = trio.CancelScope()
 
@@ -154,9 +157,21 @@ class Yamux(IMuxedConn):
 
     # --- what streams ask -------------------------------------------------------------------------------------------
 
-    async def send_data(self, stream_id: int, part: memoryview, *, last: bool) -> None:
-        """Send one DATA frame; waits for the connection. Raises IOException or RawConnError when it broke."""
-        await self._write(HEADER.pack(0, DATA, FIN if last else 0, stream_id, len(part)), part)
+    async def send_data(self, stream_id: int, part: memoryview, *, last: bool, urgent: bool) -> None:
+        """Send one DATA frame; waits for the connection. Raises IOException or RawConnError when it broke.
+
+        All that are not urgent wait in a queue of their own, whose first alone waits among the urgent ones: so these
+        never stand behind more than two large frames, however many transfers are under way, and bulk never starves.
+        """
+        header = HEADER.pack(0, DATA, FIN if last else 0, stream_id, len(part))
+        if urgent:
+            await self._write(header, part)
+            return
+        await take(self._bulk_turn)
+        try:
+            await self._write(header, part)
+        finally:
+            self._bulk_turn.release()
 
     async def send_fin(self, stream_id: int) -> None:
         """End our direction, behind all data sent so far."""
@@ -294,4 +309,4 @@ class Yamux(IMuxedConn):
         self._scope.cancel()
 
 
-assert FRAME_BYTES_MAX <= WINDOW_BYTES
+assert FRAME_BYTES_MAX + LEFT_OVER_BYTES_MAX <= WINDOW_BYTES

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 INITIAL_WINDOW_BYTES = 256 << 10
 # What may be under way on one stream: 1 GB/s at 4 ms, 40 MB/s at 100 ms.
 WINDOW_BYTES = 4 << 20
-# Large frames cost less; a small request behind one waits 0.2 ms at 1 GB/s.
-FRAME_BYTES_MAX = 256 << 10
 # What is left over that is smaller than this goes along: a relayed frame is a little more than a frame, by its TLS.
 LEFT_OVER_BYTES_MAX = 16 << 10
+# Frames up to this size do not queue behind bulk: a renewal is a few hundred bytes, a round's view a few KiB.
+SMALL_BYTES_MAX = 8 << 10
 
 
 class YamuxStream(IMuxedStream):
@@ -120,10 +120,13 @@ class YamuxStream(IMuxedStream):
             self._wake_writer = trio.Event()
             await self._wake_writer.wait()
         self._require_open()
-        whole = len(view) <= FRAME_BYTES_MAX + LEFT_OVER_BYTES_MAX
-        count = min(self._may_send, len(view) if whole else FRAME_BYTES_MAX)
+        frame_bytes = self.connection.secured_conn.frame_bytes
+        whole = len(view) <= frame_bytes + LEFT_OVER_BYTES_MAX
+        part = view[: min(self._may_send, len(view) if whole else frame_bytes)]
+        count = len(part)
+        urgent = not self._grown and len(view) <= SMALL_BYTES_MAX
         try:
-            await self.connection.send_data(self.stream_id, view[:count], last=last and count == len(view))
+            await self.connection.send_data(self.stream_id, part, last=last and count == len(view), urgent=urgent)
         except (IOException, RawConnError, OSError) as error:
             self.abort()
             raise MuxedStreamReset(str(error)) from error

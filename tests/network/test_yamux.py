@@ -13,14 +13,22 @@ from libp2p.stream_muxer.exceptions import (
     MuxedStreamReset,
 )
 
+from hypha.network.drain import FRAME_BYTES_MAX
 from hypha.network.yamux import ACK, BACKLOG_MAX, DATA, HEADER, PING, RST, SYN, WINDOW, Yamux
-from hypha.network.yamux_stream import FRAME_BYTES_MAX, INITIAL_WINDOW_BYTES, LEFT_OVER_BYTES_MAX, WINDOW_BYTES
+from hypha.network.yamux_stream import (
+    INITIAL_WINDOW_BYTES,
+    LEFT_OVER_BYTES_MAX,
+    SMALL_BYTES_MAX,
+    WINDOW_BYTES,
+)
 
 PEER = ID(b"\x00\x02xy")
 
 
 class Plain:
     """A secured connection without the security."""
+
+    frame_bytes = FRAME_BYTES_MAX
 
     def __init__(self, stream, *, is_initiator: bool) -> None:
         self._stream = stream
@@ -129,6 +137,31 @@ async def test_a_little_more_than_a_frame_goes_in_one(pair, size, frames):
     async with trio.open_nursery() as nursery:
         nursery.start_soon(a.write, bytes(size))
         assert [len(await b.receive_chunk(WINDOW_BYTES)) for _ in frames] == frames
+
+
+async def test_a_small_request_waits_for_two_large_frames_however_many_transfers_are_under_way(nursery):
+    left, right = trio.testing.lockstep_stream_pair()  # nothing is sent before it is read
+    end = Yamux(Plain(left, is_initiator=True), PEER)
+    nursery.start_soon(end.start)
+    await end.event_started.wait()
+    peer = Plain(right, is_initiator=False)
+    async with trio.open_nursery() as writers:
+        for _ in range(8):
+            stream = await end.open_stream()
+            writers.start_soon(stream.write, bytes(INITIAL_WINDOW_BYTES))
+        await trio.testing.wait_all_tasks_blocked()
+        renewal = await end.open_stream()
+        writers.start_soon(renewal.write, bytes(SMALL_BYTES_MAX))
+        await trio.testing.wait_all_tasks_blocked()
+        arrived: list[int] = []
+        while renewal.stream_id not in arrived:
+            _, kind, _, stream_id, length = HEADER.unpack(await peer.read_exact(HEADER.size))
+            if kind == DATA:
+                await peer.read_exact(length)
+                arrived.append(stream_id)
+        writers.cancel_scope.cancel()
+    assert len(arrived) <= 3
+    await end.close()
 
 
 async def test_a_writer_waits_for_its_reader_however_long_it_takes(pair, autojump_clock):
