@@ -29,7 +29,7 @@ Work = Callable[[Session, JobSpec, Path], None]
 # After the bridge is gone an inner step may still end by itself; a device that hangs is left to the kernel.
 LOST_GRACE_S = 5.0
 # Telemetry that cannot be handed over within this is lost rather than waited for.
-TELEMETRY_SHUTDOWN_S = 2.0
+TELEMETRY_SHUTDOWN_S = 4.0
 REASON_CHARS_MAX = 8000
 
 

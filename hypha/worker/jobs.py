@@ -191,7 +191,8 @@ class Jobs:
         with trio.move_on_after(CONTRIBUTE_S):
             while not session.gave_all() and not session.ended:
                 await session.changed()
-        running.kill(LEAVING)
+        if not _is_over(session):  # an executor that is ending anyway still has telemetry to deliver
+            running.kill(LEAVING)
         await running.over.wait()
 
     # --- one job --------------------------------------------------------------------------------------------------
@@ -259,8 +260,7 @@ class Jobs:
             log.exception("Job hit a bug", job_id=running.job.job_id, lease_id=running.lease.lease_id)
             problem = "internal error: " + "; ".join(_words(bugs))
         lines = process.last_lines() if process is not None else ()
-        over = session.stopped or (session.view is not None and session.view.final)
-        if problem is None and code == 0 and over:
+        if problem is None and code == 0 and _is_over(session):
             return Outcome(finished=True, reason="finished")
         return Outcome(finished=False, reason=problem or session.failure or _exit_words(code), last_lines=lines)
 
@@ -296,6 +296,10 @@ class Jobs:
                 await attempt(self._network, holder, _status(running, outcome), patience_s=FAREWELL_S)
             except (PeerUnreachable, RemoteProtocolError) as error:
                 log.debug("Job status not taken", lease_id=running.lease.lease_id, reason=str(error))
+
+
+def _is_over(session: AnySession) -> bool:
+    return session.stopped or (session.view is not None and session.view.final)
 
 
 def _status(running: RunningJob, outcome: Outcome) -> JobStatus:

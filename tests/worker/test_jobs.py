@@ -302,6 +302,24 @@ async def test_who_does_not_stop_politely_is_killed(autojump_clock, tmp_path):
         assert STOP_GRACE_S <= scene.now - 1 < STOP_GRACE_S + 1
 
 
+async def test_a_worker_that_leaves_lets_an_executor_end_that_was_told_to(autojump_clock, tmp_path):
+    ended = []
+
+    async def main(what):
+        async with aclosing(what.session.events()) as events:
+            await anext(events)
+        await trio.sleep(1)
+        ended.append(what.lease_id)
+        return 0
+
+    async with play(tmp_path) as scene:
+        scene.start(main=main)
+        await trio.sleep(1)
+        scene.jobs.ask_to_stop("lease-1", "finished")
+        await scene.jobs.leave()
+        assert (ended, scene.statuses[0].finished) == (["lease-1"], True)
+
+
 async def test_a_report_is_repeated_while_the_lease_lives(autojump_clock, tmp_path):
     async with play(tmp_path) as scene:
         scene.here.fabric.partition(SCHEDULER, "work")
