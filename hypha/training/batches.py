@@ -1,7 +1,7 @@
 """Samples: rows of SafeTensors slices, fetched one grant ahead of the training that uses them.
 
     FetchSamples ─▶ grant: rows [start, stop) of a slice ─▶ take(n) ─▶ {tensor name: n rows}
-         └─ asked for in a thread while half of the previous grant is still to be trained
+         └─ asked for and mapped in a thread while half of the previous grant is still to be trained
 
 What was taken is recorded as intervals, merged where they touch; what a round leaves of a grant is simply dropped.
 """
@@ -15,10 +15,11 @@ import torch
 from msgspec import Struct
 from safetensors import safe_open
 
-from hypha.errors import HyphaError, JobFailed, RemoteProtocolError
+from hypha.errors import JobFailed, RemoteProtocolError
 from hypha.protocol.bridge import Fetched, NoSamples, SamplesFetched
 from hypha.protocol.messages import INTERVALS_PER_CONTRIBUTION_MAX, Interval
 from hypha.protocol.tensorfile import TensorSpec
+from hypha.training.calls import Call
 from hypha.training.tensors import layout_of
 
 # How often a wait for samples looks whether it is still wanted.
@@ -80,69 +81,81 @@ class Grant(Struct):
         return self.interval.stop - self.next
 
 
+# FetchSamples: how many are wanted, and whether they still are, asked where the worker says "later".
+Ask = Callable[[int, Callable[[], bool]], Fetched]
+Take = Callable[[Fetched], Grant | NoSamples]
+
+
+def taker(work_dir: Path, schema: Mapping[str, str]) -> Take:
+    """Return what makes rows of an answer. It raises JobFailed naming a slice that is wrong."""
+
+    def take(answer: Fetched) -> Grant | NoSamples:
+        if isinstance(answer, NoSamples):
+            return answer
+        if not isinstance(answer, SamplesFetched):
+            raise RemoteProtocolError(f"worker answered FetchSamples with {type(answer).__name__}")
+        rows = Rows(work_dir / answer.path, schema)
+        at = answer.interval
+        if not at.start < at.stop <= rows.samples:
+            raise JobFailed(f"slice {rows.path.name}: rows [{at.start}, {at.stop}) of {rows.samples}")
+        return Grant(at, rows, at.start)
+
+    return take
+
+
 class Fetching:
-    """One FetchSamples under way in a thread of its own."""
+    """One FetchSamples under way in a thread of its own, which also maps what comes."""
 
-    def __init__(self, ask: Callable[[], Fetched]) -> None:
-        self._ask = ask
-        self._answer: Fetched | None = None
-        self._error: HyphaError | None = None
-        self._done = threading.Event()
-        threading.Thread(target=self._run, name="fetch-samples", daemon=True).start()
+    def __init__(self, ask: Ask, wanted: int, take: Take) -> None:
+        self._abandoned = threading.Event()
+        self._call = Call("fetch-samples", lambda: take(ask(wanted, self._abandoned.is_set)))
 
-    def _run(self) -> None:
-        try:
-            self._answer = self._ask()
-        except HyphaError as error:
-            self._error = error
-        finally:
-            self._done.set()
-
-    def wait(self, timeout_s: float) -> Fetched | None:
+    def wait(self, timeout_s: float) -> Grant | NoSamples | None:
         """Return the answer, None if there is none yet. Raises what the request raised."""
-        if not self._done.wait(timeout_s):
-            return None
-        if self._error is not None:
-            raise self._error
-        assert self._answer is not None, "the thread that fetches samples died"
-        return self._answer
+        return self._call.result() if self._call.over.wait(timeout_s) else None
+
+    def abandon(self) -> None:
+        """Nobody wants it any more: it is not asked for again where the worker says "later"."""
+        self._abandoned.set()
 
 
 class Feed:
     """The samples of one round; a context manager whose end gives up what is still being fetched.
 
-    `ask(wanted, abandoned)` is FetchSamples, called in a thread, giving up once `abandoned()`. `leave()`, called in the
-    caller's own thread, ends a wait.
+    `ask` is called in a thread. `leave()`, called in the caller's own thread, ends a wait. `first` is under way.
     """
 
     def __init__(
         self,
-        ask: Callable[[int, Callable[[], bool]], Fetched],
+        ask: Ask,
         *,
-        work_dir: Path,
-        schema: Mapping[str, str],
+        take: Take,
         grant_samples: int,
         leave: Callable[[], bool],
+        first: Fetching | None = None,
     ) -> None:
         self.used: list[Interval] = []
         self.exhausted = False
         self._ask = ask
-        self._work_dir = work_dir
-        self._schema = schema
+        self._take = take
         self._grant_samples = grant_samples
         self._ahead = 0
         self._leave = leave
         self._grant: Grant | None = None
-        self._fetching: Fetching | None = None
-        self._abandoned = threading.Event()
+        self._fetching = first
 
     def __enter__(self) -> "Feed":
-        """Nothing is fetched before the first `take`."""
+        """Nothing else is fetched before the first `take`."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Whatever is under way is no longer wanted."""
-        self._abandoned.set()
+        if self._fetching is not None:
+            self._fetching.abandon()
+
+    def holds(self, samples: int) -> bool:
+        """Whether so many can be taken without another grant."""
+        return self._grant is not None and self._grant.left >= samples
 
     @property
     def full(self) -> bool:
@@ -183,7 +196,7 @@ class Feed:
     def _prefetch(self, samples: int) -> None:
         wanted = min(samples, self._grant_samples)
         if wanted > 0 and self._fetching is None and not self.exhausted:
-            self._fetching = Fetching(lambda: self._ask(wanted, self._abandoned.is_set))
+            self._fetching = Fetching(self._ask, wanted, self._take)
 
     def _current(self, missing: int) -> Grant | None:
         """The grant to take from; waits for one. None: nothing left, or no longer wanted."""
@@ -196,18 +209,9 @@ class Feed:
             if answer is None:
                 continue
             self._fetching = None
-            self._grant = self._open(answer)
             self.exhausted = isinstance(answer, NoSamples)
+            self._grant = None if isinstance(answer, NoSamples) else answer
         return self._grant
-
-    def _open(self, answer: Fetched) -> Grant | None:
-        if not isinstance(answer, SamplesFetched):
-            return None
-        rows = Rows(self._work_dir / answer.path, self._schema)
-        at = answer.interval
-        if not at.start < at.stop <= rows.samples:
-            raise JobFailed(f"slice {rows.path.name}: rows [{at.start}, {at.stop}) of {rows.samples}")
-        return Grant(at, rows, at.start)
 
 
 def rows_of(batch: Batch) -> int:

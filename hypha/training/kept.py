@@ -36,6 +36,11 @@ class Kept:
     owed: Mapping[int, tuple[Path, ...]] = field(default_factory=dict)
     lost: tuple[Path, ...] = ()  # what will be owed once this round's update was accepted
 
+    def numbered(self) -> int:
+        """Return the number of the next FetchSamples."""
+        self.requests += 1
+        return self.requests - 1
+
     def sent(self, round_: int, files: tuple[FileRef, ...], used: Sequence[Interval], loss: float) -> SendUpdate:
         """Describe the update that training on `used` gave."""
         return SendUpdate(

@@ -1,8 +1,8 @@
 """Inner steps that go on while an update travels (Streaming DiLoCo, arXiv 2501.18512, §2.3).
 
     inner steps of r ─▶ push r ─▶ inner steps of r+1 ───────────┬──────────────────────▶ push r+1 ─▶ …
-                          └ sent by a thread of its own          └ outer update r mixed in: after overlap_steps,
-                                                                   and at push r+1 at the latest, which waits for it
+              │           └ sent by a thread of its own          └ outer update r mixed in: after overlap_steps,
+              └ first samples of r+1 asked for                     and at push r+1 at the latest, which waits for it
 
 The round after the open one begins with the push, so what must be kept to go back to it, the own parameters and the
 inner state, is kept then. Its base comes later; only then it is kept as a round like any other. Whatever else happens
@@ -10,16 +10,16 @@ before that (another view, a refusal, an update that was not taken) ends the run
 push left it, and goes on as one that waits.
 """
 
-import threading
 from pathlib import Path
 
 import msgspec
 
-from hypha.errors import HyphaError
 from hypha.protocol.bridge import SendAccepted, SendUpdate, Sent, TrainProgress, UpdateArrived
 from hypha.protocol.job import JobSpec
 from hypha.telemetry import get_logger, inject, span_from
 from hypha.training import standing, tensors
+from hypha.training.batches import Feed
+from hypha.training.calls import Call
 from hypha.training.kept import Kept
 from hypha.training.session import BridgeRefused, Session
 from hypha.training.train import Trainer
@@ -30,39 +30,13 @@ log = get_logger("training.overlap")
 ANSWER_WAIT_S = 5.0
 
 
-class Sending:
-    """One update under way, sent by a thread of its own: the worker answers when every server has."""
-
-    def __init__(self, session: Session, update: SendUpdate) -> None:
-        self.answer: Sent | None = None
-        self.over = threading.Event()
-        self._session, self._update = session, update
-        self._error: HyphaError | None = None
-        threading.Thread(target=self._run, name="send-update", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self.answer = self._session.send(self._update)
-        except HyphaError as error:
-            self._error = error
-        finally:
-            self.over.set()
-
-    def result(self) -> Sent:
-        """Return the answer, or raise what there was instead of one."""
-        if self._error is not None:
-            raise self._error
-        assert self.answer is not None, "the thread that sends an update died"
-        return self.answer
-
-
 class Overlapping(Trainer):
     """A trainer that does not wait; `following` is the round after the open one, as long as it has no base."""
 
     def __init__(self, session: Session, job: JobSpec, work_dir: Path) -> None:
         super().__init__(session, job, work_dir)
         self.following: Kept | None = None
-        self.sending: Sending | None = None
+        self.sending: Call[Sent] | None = None
         self.pushed_at = 0  # in inner steps
         self.batches = job.rounds.samples_between_updates
         self._starving = False
@@ -86,7 +60,8 @@ class Overlapping(Trainer):
     def send(self, kept: Kept, update: SendUpdate) -> None:
         """Begin to deliver an update, and the next round's inner steps."""
         # An earlier one that is still under way is superseded: the worker gives it up.
-        self.sending = Sending(self.session, msgspec.structs.replace(update, traceparent=inject()))
+        traced = msgspec.structs.replace(update, traceparent=inject())
+        self.sending = Call("send-update", lambda: self.session.send(traced))
         kept.out = True
         self._listen()
         if self.here < self.job.rounds.updates:
@@ -156,6 +131,7 @@ class Overlapping(Trainer):
         """Be again where the push has left us, as one that waits."""
         following, self.following, kept = self.following, None, self.kept[self.here]
         assert following is not None, "a round was begun"
+        self.supply.forget()
         assert following.local is not None, "from own parameters"
         tensors.load_parts((following.local,), self.parameters)
         self.inner.restore(following.inner)
@@ -223,6 +199,10 @@ class Overlapping(Trainer):
             if self.following is not None:
                 self._idle()
         return self.here == round_
+
+    def _look_ahead(self, feed: Feed, round_: int, then: int) -> None:
+        if feed.holds(then):
+            self.supply.ahead(round_ + 1)
 
     def _batches_max(self, round_: int) -> int:
         """Ahead nobody says when to contribute: as many batches as in the round before."""

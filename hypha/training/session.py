@@ -34,8 +34,8 @@ TELEMETRY_TIMEOUT_S = 5.0
 # While the worker says "later": first pause, then doubled up to the longest.
 RETRY_S = 0.1
 RETRY_S_MAX = 2.0
-# Main loop, prefetch, send, telemetry: more never speak at once.
-CONNECTIONS_MAX = 8
+# Main loop, a report, samples of two rounds, send, telemetry, and what of these was given up and is not answered yet.
+CONNECTIONS_MAX = 16
 
 
 class BridgeClosed(PeerUnreachable):

@@ -14,7 +14,7 @@ are kept, too (hypha.training.local).
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -25,8 +25,6 @@ from hypha.protocol.bridge import (
     BaseFetched,
     BaseReady,
     FetchBase,
-    Fetched,
-    FetchSamples,
     FileRef,
     Finish,
     Instruction,
@@ -46,17 +44,17 @@ from hypha.protocol.messages import Interval
 from hypha.telemetry import get_logger, inject, span_from
 from hypha.training import executor, local, models, shares, standing, tensors
 from hypha.training.batches import Feed, rows_of
+from hypha.training.calls import Reports
 from hypha.training.inner import InnerLoop
 from hypha.training.kept import Book, Kept, remove
 from hypha.training.session import BridgeRefused, Session
 from hypha.training.sources import fetch_preprocessor, fetch_source
+from hypha.training.supply import Supply
 
 log = get_logger("training.train")
 
 # How long to sleep at most when there is nothing to do; rules that depend on time are looked at that often.
 IDLE_S = 1.0
-# How much to ask for at once: a grant is one question to the scheduler, and an unused rest is given back.
-GRANT_BATCHES = 8
 # The mean batch time that is reported covers this many: short enough to follow a machine that becomes busy.
 RECENT_BATCHES = 8
 # A follower, which waits to be made a member, says that often that it is still there.
@@ -77,6 +75,8 @@ class Trainer:
         self.fragments = Fragments(self.parameters, job.streaming)
         self.outlook = standing.Outlook()
         self.kept = Book(work_dir)
+        self.supply = Supply(session, job, work_dir)
+        self.reports = Reports(session.report)
         self.here = 0
         self.reported_at = 0.0
         self.recent_s: deque[float] = deque(maxlen=RECENT_BATCHES)
@@ -89,6 +89,7 @@ class Trainer:
         while not isinstance(move := self._next(), standing.Finish):
             self.act(move)
             self._listen()
+        self.reports.hear()
         log.info("Training is over", reason=move.reason, inner_steps=self.inner.steps)
 
     def act(self, move: standing.Move) -> None:
@@ -114,6 +115,7 @@ class Trainer:
             raise RemoteProtocolError(f"worker answered FetchBase with {type(fetched).__name__}")
         self._listen()
         self.outlook.forget_updates_from(fetched.round)
+        self.supply.forget()
         base = tuple(self.work_dir / file.path for file in fetched.files)
         tensors.load_parts(base, self.parameters)
         self._stand(fetched.round, base, fetched.digest)
@@ -169,12 +171,14 @@ class Trainer:
         for later in (one for number, one in self.kept.items() if number > round_):
             later.update, later.contributed = None, False
         kept.contributed = False
+        self.supply.forget()
         self.outlook.forget_updates_from(round_)
         self.here = round_
         self._ready()
 
     def _rewind(self, round_: int) -> None:
         """Be as the round's inner steps left us; where that is not known, as it began."""
+        self.supply.forget()
         kept, after = self.kept[round_], self.kept.get(round_ + 1)
         if after is None or (after.local is None and not self.job.streaming.plain):
             return self._restart(round_)
@@ -232,21 +236,23 @@ class Trainer:
         samples_max = self.job.rounds.samples_between_updates
         batches = samples = 0
         loss_sum, sync_at = 0.0, self._batches_max(round_)
-        with self._feed(kept, round_) as feed:
+        with self.supply.feed(kept, round_, leave=self._leaves_waiting) as feed:
             while batches < sync_at and samples < samples_max:
                 if self._called_away():
                     return None
                 size = self.batch_size
-                batch = feed.take(size, then=min((sync_at - batches - 1) * size, samples_max - samples - size))
+                then = min((sync_at - batches - 1) * size, samples_max - samples - size)
+                batch = feed.take(size, then=then)
                 if batch is None:
                     if feed.exhausted or feed.full:
                         break
                     return None
+                self._look_ahead(feed, round_, then)
                 count = rows_of(batch)
                 loss = self.inner.step(self.preprocess(batch), round_=round_)
                 self.recent_s.append(self.inner.step_s)
                 batches, samples, loss_sum = batches + 1, samples + count, loss_sum + loss * count
-                answer = self._report(self._progress(round_, batches, samples, size, loss))
+                answer = self._tell(self._progress(round_, batches, samples, size, loss))
                 if isinstance(answer, SyncAt) and answer.round == round_:
                     sync_at = answer.batches
                     self._resize(answer.batch_size)
@@ -259,6 +265,9 @@ class Trainer:
     def _batches_max(self, _round: int) -> int:
         """After how many batches to contribute, while nothing is said about it."""
         return self.job.rounds.samples_between_updates
+
+    def _look_ahead(self, _feed: Feed, _round: int, _then: int) -> None:
+        """Ask for samples of the next round once the `_then` more that this one may take are here."""
 
     def _has_base(self, _round: int) -> bool:
         """Whether the base is here of which an update is the difference; False when an event ends the round."""
@@ -318,23 +327,6 @@ class Trainer:
         if kept.refusals >= REFUSALS_MAX:
             raise JobFailed(f"round {self.here}: refused {kept.refusals} times: {reason}")
 
-    def _feed(self, kept: Kept, round_: int) -> Feed:
-        # The current span is this thread's; the questions are asked from another.
-        traceparent = inject()
-
-        def ask(wanted: int, leave: Callable[[], bool]) -> Fetched:
-            request = FetchSamples(round=round_, request=kept.requests, wanted=wanted, traceparent=traceparent)
-            kept.requests += 1
-            return self.session.fetch_patiently(request, leave=leave)
-
-        return Feed(
-            ask,
-            work_dir=self.work_dir,
-            schema=self.job.dataset.schema,
-            grant_samples=GRANT_BATCHES * self.job.rounds.max_batch_size,
-            leave=self._leaves_waiting,
-        )
-
     def _progress(self, round_: int, batches: int, samples: int, batch_size: int, loss: float) -> TrainProgress:
         return TrainProgress(
             round=round_,
@@ -371,9 +363,16 @@ class Trainer:
         """Asked while there is nothing to train on."""
         return self._called_away()
 
-    def _report(self, report: Report) -> Instruction:
+    def _report(self, report: Report) -> None:
+        self._tell(report)
+        self._heed(self.reports.hear())
+
+    def _tell(self, report: Report) -> Instruction | None:
+        """Report without waiting; returns what the last report was answered, if that was not heard yet."""
         self.reported_at = time.monotonic()
-        answer = self.session.report(report)
+        return self._heed(self.reports.tell(report))
+
+    def _heed(self, answer: Instruction | None) -> Instruction | None:
         if isinstance(answer, Finish):
             self.outlook.over = "the scheduler is done"
         return answer

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import trio
 
-from hypha.protocol.bridge import SendAccepted, SendUpdate, Sent, TrainProgress, UpdateArrived
+from hypha.protocol.bridge import FetchSamples, SendAccepted, SendUpdate, Sent, TrainProgress, UpdateArrived
 from hypha.protocol.job import JobSpec
 from hypha.training import standing
 from tests.sim.line import BridgeRefused, Line
-from tests.sim.trainer import Body, Kept, Round, Trainer
+from tests.sim.supply import Asking, Round
+from tests.sim.trainer import GRANT_BATCHES, Body, Kept, Trainer
 
 ANSWER_WAIT_S = 5.0
 
@@ -128,6 +129,7 @@ class Overlapping(Trainer):
     async def _abandon(self) -> None:
         self.body.note(f"ends its run ahead of round {self.here}")
         self.following = None
+        self._forget_first()
         self.kept[self.here].ahead = self.kept[self.here].early = False
         if self._unusable:
             self._unusable = False
@@ -189,6 +191,16 @@ class Overlapping(Trainer):
             if self.following is not None:
                 await self._idle()
         return self.here == round_
+
+    def _look_ahead(self, current: Round, then: int) -> None:
+        round_ = current.number + 1
+        if current.left < then or round_ > self.job.rounds.updates or (self.first and self.first[0] == round_):
+            return
+        self._forget_first()
+        wanted = GRANT_BATCHES * self.job.rounds.max_batch_size
+        self.first = round_, Asking()
+        request = FetchSamples(round=round_, request=0, wanted=wanted)
+        self.body.nursery.start_soon(self.first[1].run, self.line, request)
 
     def _batches_max(self, round_: int) -> int:
         return super()._batches_max(round_) if round_ == self.here else self.batches

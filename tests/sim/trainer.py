@@ -6,7 +6,7 @@ What to do next is decided by the real rules, `hypha.training.standing`; samples
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,6 @@ from hypha.protocol.bridge import (
     BaseFetched,
     BaseReady,
     FetchBase,
-    Fetched,
     FetchSamples,
     FileRef,
     Finish,
@@ -40,6 +39,7 @@ from hypha.protocol.messages import Interval
 from hypha.training import standing
 from tests.sim import weights
 from tests.sim.line import BridgeRefused, Line
+from tests.sim.supply import Asking, Round
 
 IDLE_S = 1.0
 GRANT_BATCHES = 8
@@ -77,56 +77,6 @@ class Kept:
     refusals: int = 0
 
 
-class Asking:
-    """One FetchSamples under way."""
-
-    def __init__(self) -> None:
-        self.answer: Fetched | None = None
-        self.error: BridgeRefused | None = None
-        self.done = trio.Event()
-
-    async def run(self, line: Line, request: FetchSamples, leave: "Round") -> None:
-        """Ask until answered, or given up with the round."""
-        try:
-            self.answer = await line.fetch_patiently(request, leave=lambda: leave.over)
-        except BridgeRefused as refusal:
-            self.error = refusal
-        self.done.set()
-
-
-@dataclass
-class Round:
-    """The samples of one round as they come: a grant, and the next one asked for while the first is trained."""
-
-    number: int
-    used: list[Interval] = field(default_factory=list)
-    samples: list[int] = field(default_factory=list)
-    grant: Interval | None = None
-    path: str = ""
-    next: int = 0
-    asking: Asking | None = None
-    exhausted: bool = False
-    over: bool = False
-
-    @property
-    def left(self) -> int:
-        """Rows of the grant not yet taken."""
-        return self.grant.stop - self.next if self.grant is not None else 0
-
-    def take(self, count: int) -> Interval:
-        """Note that the next rows of the grant are trained on."""
-        assert self.grant is not None
-        at = self.grant
-        taken = Interval(epoch=at.epoch, slice=at.slice, start=self.next, stop=self.next + count)
-        self.next += count
-        last = self.used[-1] if self.used else None
-        if last and (last.epoch, last.slice, last.stop) == (taken.epoch, taken.slice, taken.start):
-            self.used[-1] = Interval(epoch=at.epoch, slice=at.slice, start=last.start, stop=taken.stop)
-        else:
-            self.used.append(taken)
-        return taken
-
-
 class Trainer:
     """One executor's state across rounds; `here` is the round whose base it stands on."""
 
@@ -137,6 +87,8 @@ class Trainer:
         self.outlook = standing.Outlook()
         self.kept: dict[int, Kept] = {}
         self.here = 0
+        self.heard: Instruction | None = None
+        self.first: tuple[int, Asking] | None = None  # samples of a round not begun
 
     async def run(self) -> None:
         """Train until the job is over. Raises JobFailed, BridgeRefused."""
@@ -167,6 +119,7 @@ class Trainer:
         assert isinstance(fetched, BaseFetched)
         self._listen()
         self.outlook.forget_updates_from(fetched.round)
+        self._forget_first()
         self.body.note(f"base of round {fetched.round} fetched")
         await self._stand(fetched.round, self._read(fetched.files), fetched.digest)
 
@@ -197,6 +150,7 @@ class Trainer:
             if number > round_:
                 later.update, later.contributed = None, False
         self.kept[round_].contributed = False
+        self._forget_first()
         self.outlook.forget_updates_from(round_)
         self.here = round_
         await self._ready()
@@ -235,7 +189,7 @@ class Trainer:
 
     async def train_round(self, kept: Kept, round_: int) -> SendUpdate | None:
         """Take inner steps until told to sync or out of samples; None when an event ends the round first."""
-        current = Round(round_)
+        current = Round(round_, asking=self._first_of(round_, kept))
         try:
             samples_max = self.job.rounds.samples_between_updates
             batches, sync_at = 0, self._batches_max(round_)
@@ -247,16 +201,20 @@ class Trainer:
                     if current.exhausted:
                         break
                     return None
+                left = samples_max - len(current.samples) - len(taken)
+                self._look_ahead(current, min((sync_at - batches - 1) * self.job.rounds.max_batch_size, left))
                 await self.body.work(self.batch_s)
                 current.samples += taken
                 batches += 1
-                answer = await self._report(self._progress(current, batches, len(taken)))
+                # What a report is answered is heard with the next one.
+                answer, self.heard = self.heard, await self._report(self._progress(current, batches, len(taken)))
                 if isinstance(answer, SyncAt) and answer.round == current.number:
                     sync_at = answer.batches
             if not await self._has_base(round_):
                 return None
         finally:
-            current.over = True
+            if current.asking is not None:
+                current.asking.abandoned = True
         return self._update(kept, current.used, current.samples)
 
     async def _take(self, current: Round, kept: Kept, wanted: int) -> list[int]:
@@ -268,12 +226,28 @@ class Trainer:
                 self._ask(current, kept, wanted)
         return taken
 
+    def _first_of(self, round_: int, kept: Kept) -> Asking | None:
+        """What was asked for ahead, where it is of this round."""
+        (number, asking), self.first = self.first or (0, None), None
+        if asking is None or number != round_ or kept.requests:
+            return None
+        kept.requests = 1
+        return asking
+
+    def _look_ahead(self, _current: Round, _then: int) -> None:
+        """Ask for samples of the next round once the `_then` more that this one may take are here."""
+
+    def _forget_first(self) -> None:
+        if self.first is not None:
+            self.first[1].abandoned = True
+        self.first = None
+
     def _ask(self, current: Round, kept: Kept, wanted: int) -> None:
         if current.asking is None and not current.exhausted:
             request = FetchSamples(round=current.number, request=kept.requests, wanted=GRANT_BATCHES * wanted)
             kept.requests += 1
             current.asking = Asking()
-            self.body.nursery.start_soon(current.asking.run, self.line, request, current)
+            self.body.nursery.start_soon(current.asking.run, self.line, request)
 
     async def _has_grant(self, current: Round, kept: Kept, wanted: int) -> bool:
         """Wait for rows to take; False when there are none, or the wait was ended by an event."""

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from hypha.errors import JobFailed
 from hypha.protocol.bridge import NoSamples, SamplesFetched
 from hypha.protocol.messages import INTERVALS_PER_CONTRIBUTION_MAX, Interval
-from hypha.training.batches import Feed, Rows
+from hypha.training.batches import Feed, Rows, taker
 
 SCHEMA = {"input_ids": "U8[4]"}
 ROWS = 100
@@ -45,7 +45,8 @@ class Scheduler:
 
 
 def feed(path, scheduler, *, grant_samples=16, leave=lambda: False):
-    return Feed(scheduler, work_dir=path.parent, schema=SCHEMA, grant_samples=grant_samples, leave=leave)
+    take = taker(path.parent, SCHEMA)
+    return Feed(scheduler, take=take, grant_samples=grant_samples, leave=leave)
 
 
 def numbers(batch):

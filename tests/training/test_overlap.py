@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hypha.protocol.bridge import BaseReady, NoSamples, SendRebase, SendRefused, TrainProgress
+from hypha.protocol.bridge import BaseReady, FetchSamples, NoSamples, SendRebase, SendRefused, TrainProgress
 from hypha.protocol.compression import Compression
 from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import InnerOptimizer, Rounds
@@ -19,9 +19,10 @@ BATCHES = 4
 
 
 class Ahead(SameRows):
-    """Grants samples of the next round, and takes its updates once it is open."""
+    """Grants samples of the next round, has those of later ones wait, and takes its updates once it is open."""
 
     def grant(self, machine, round_, wanted):
+        assert self.changed.wait_for(lambda: round_ <= self.round + 1, 30)
         if round_ != self.round + 1:
             return super().grant(machine, round_, wanted)
         self.round, opened = round_, self.round
@@ -113,6 +114,32 @@ def test_without_its_update_a_worker_runs_on_to_the_next_synchronisation_and_wai
     job = ran(tmp_path / "job", job_spec(streaming=streamed(overlap_steps=1)), Slow)
     for machine in job.workers:
         assert [batches_before(machine, round_) for round_ in (2, 3)] == [BATCHES, BATCHES]
+    assert [done.round for done in job.rounds] == [1, 2, 3]
+
+
+class Early(Ahead):
+    """A round's first report is answered once the next round's first samples were asked for."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.asked = []
+
+    def fetch(self, machine, message):
+        if isinstance(message, FetchSamples):
+            self.asked.append((message.round, message.request))
+            self.changed.notify_all()
+        return super().fetch(machine, message)
+
+    def report(self, machine, report):
+        if isinstance(report, TrainProgress) and report.batches == 1 and report.round < self.spec.rounds.updates:
+            assert self.changed.wait_for(lambda: (report.round + 1, 0) in self.asked, 30)
+        return super().report(machine, report)
+
+
+def test_the_first_samples_of_a_round_are_asked_for_in_the_round_before_and_once(tmp_path):
+    job = ran(tmp_path / "job", job_spec(streaming=streamed(overlap_steps=2)), Early, workers=1)
+    assert {round_ for round_, _ in job.asked} == {1, 2, 3}, "and none beyond the last"
+    assert sorted(set(job.asked)) == sorted(job.asked)
     assert [done.round for done in job.rounds] == [1, 2, 3]
 
 
