@@ -26,8 +26,8 @@ from typing import TypeVar
 from msgspec import Struct
 
 from tests.mutants.mutations import Mutation, mutate
-from tests.mutants.planted import AUCTION, LEASE, LEASES_AND_SAMPLES, SLICES, Planted
-from tests.mutants.planted_rounds import COLLECT, ROUNDS, ROUNDS_AND_STATE
+from tests.mutants.planted import AUCTION, FENCE, HOLDER, INTERVALS, LEASE, LEASES_AND_SAMPLES, SLICES, Planted
+from tests.mutants.planted_rounds import COLLECT, FRAGMENTS, ROUNDS, ROUNDS_AND_STATE, SHARDS, VIEWS
 from tests.mutants.scratch import Scratch
 
 T = TypeVar("T")
@@ -37,14 +37,21 @@ PLANTED = LEASES_AND_SAMPLES + ROUNDS_AND_STATE
 # What random mutations strike, each module with its own tests.
 MUTATED = {
     "hypha/protocol/lease.py": LEASE,
+    "hypha/protocol/holder.py": HOLDER,
+    "hypha/protocol/fence.py": FENCE,
     "hypha/protocol/auction.py": AUCTION,
     "hypha/protocol/auction_matching.py": AUCTION,
     "hypha/protocol/auction_scheduler.py": AUCTION,
     "hypha/protocol/auction_worker.py": AUCTION,
     "hypha/protocol/slices.py": SLICES,
+    "hypha/protocol/intervals.py": (*INTERVALS, *SLICES),
+    "hypha/protocol/fragments.py": FRAGMENTS,
+    "hypha/protocol/shards.py": SHARDS,
+    "hypha/protocol/views.py": VIEWS,
+    "hypha/protocol/servers.py": (*SHARDS, *ROUNDS),
     "hypha/protocol/rounds.py": ROUNDS,
     "hypha/protocol/tally.py": ROUNDS,
-    "hypha/protocol/closing.py": ROUNDS,
+    "hypha/protocol/closing.py": (*SHARDS, *ROUNDS),
     "hypha/protocol/collect.py": COLLECT,
     "hypha/protocol/manifest.py": ("tests/protocol/test_manifest.py",),
 }

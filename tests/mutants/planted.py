@@ -27,6 +27,7 @@ class Planted(Struct, frozen=True, kw_only=True):
 
 LEASE = ("tests/protocol/test_lease.py", "tests/protocol/test_lease_properties.py")
 HOLDER = ("tests/protocol/test_holder.py",)
+INTERVALS = ("tests/protocol/test_intervals.py",)
 SLICES = (
     "tests/protocol/test_slices.py",
     "tests/protocol/test_slices_sharing.py",
@@ -39,6 +40,7 @@ AUCTION = (
     "tests/protocol/test_auction_bounds.py",
     "tests/protocol/test_auction_worker.py",
 )
+FENCE = ("tests/protocol/test_fence.py",)
 SCHEDULER = ("tests/scheduler/test_store.py", "tests/scheduler/test_leading.py")
 
 LEASES_AND_SAMPLES = (
@@ -112,7 +114,7 @@ LEASES_AND_SAMPLES = (
         old="        self._last = reserved\n",
         new="        self._last = max(0, reserved - FENCE_BLOCK)\n",
         breaks="a restarted worker hands out fences that it handed out before (leases.md)",
-        tests=("tests/protocol/test_fence.py",),
+        tests=FENCE,
     ),
     Planted(
         name="fence block reserved afterwards",

@@ -6,9 +6,11 @@ ROUNDS = (
     "tests/protocol/test_rounds.py",
     "tests/protocol/test_rounds_restarted.py",
     "tests/protocol/test_rounds_waits.py",
+    "tests/protocol/test_rounds_ahead.py",
     "tests/protocol/test_rounds_properties.py",
-    "tests/protocol/test_fragments.py",
 )
+FRAGMENTS = ("tests/protocol/test_fragments.py",)
+SHARDS = ("tests/protocol/test_shards.py",)
 COLLECT = ("tests/protocol/test_collect.py", *ROUNDS)
 VIEWS = ("tests/protocol/test_views.py",)
 AGGREGATOR = ("tests/worker/test_aggregator.py", "tests/worker/test_aggregator_serving.py")

@@ -88,8 +88,10 @@ def test_a_flood_is_bounded(monkeypatch):
         "2 advertisements wait already",
     ]
     gather.close(1)
-    for name in "abc":
+    for name in "ab":
         gather.answered(name)
+    assert gather.hear(advertisement("a"), hash_fraction=0, now=2) == "advertisement a is known"
+    gather.answered("c")
     assert gather.hear(advertisement("a"), hash_fraction=0, now=2) is None
     assert gather.hear(advertisement("c"), hash_fraction=0, now=2) == "advertisement c is known"
 

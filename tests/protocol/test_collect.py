@@ -19,7 +19,7 @@ from hypha.protocol.messages import (
 )
 from hypha.protocol.views import Verdict
 
-A, B = (Member(peer_id=p, fence=f, lease_id=f"lease-{p}") for p, f in (("a", 5), ("b", 1)))
+A, B, C = (Member(peer_id=p, fence=f, lease_id=f"lease-{p}") for p, f in (("a", 5), ("b", 1), ("c", 2)))
 ME = Member(peer_id="s", fence=1, lease_id="lease-s")
 BASE, ONE, OTHER = "0" * 64, "1" * 64, "f" * 64
 
@@ -98,6 +98,7 @@ def test_the_same_again_is_accepted_at_once_and_another_is_refused():
     made = server(push())
     assert made.offer(push(), "a") == Accepted(digest="d" * 64)
     assert "of this lease already" in made.offer(push(digest="e"), "a").reason
+    assert "of this lease already" in made.offer(push(samples=3), "a").reason, "other samples make another update"
 
 
 def test_an_empty_contribution_needs_no_screening_and_may_be_replaced_by_a_full_one():
@@ -188,6 +189,15 @@ def test_a_lease_that_ends_while_its_update_is_screened_is_refused():
     made.observe(view(2, members=(Member(peer_id="a", fence=5, lease_id="another"), B)), "sched")
     assert "is no member of view 2" in made.screened(taken.ticket, None).reason
     assert held(made) == []
+
+
+def test_an_update_whose_round_ends_while_it_is_screened_is_to_come_again():
+    made = merged_server()
+    made.observe(view(2, members=(A, B, C)), "sched")
+    taken = made.offer(push(C, digest="c", seen=2), "c")
+    made.landed(taken.ticket)
+    made.committed(Committed(job_id="job", job_epoch=1, round=1, digest=ONE), "sched")
+    assert made.screened(taken.ticket, None) == Verdict(reason="the open round's base is not here yet", retry=True)
 
 
 def test_a_close_merges_the_named_in_peer_and_fence_order_and_no_empty_ones():

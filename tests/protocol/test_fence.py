@@ -58,3 +58,7 @@ def test_fences_rise_across_crashes_and_never_exceed_the_disk(steps, takes):
                 assert last < fence <= disk
                 last = fence
     assert last <= disk
+
+
+def test_the_last_block_ends_at_the_last_fence():
+    assert Fences(FENCE_MAX - FENCE_BLOCK).take() == MustReserve(FENCE_MAX)

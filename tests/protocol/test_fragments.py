@@ -73,6 +73,7 @@ def test_rounds_take_the_fragments_in_turn():
     assert [fragments.of(round_) for round_ in (1, 2, 3, 4, 7)] == [fragments.parts[n] for n in (0, 1, 2, 0, 0)]
     assert sorted(fragments.among(dict.fromkeys(llama(4), 0), 2)) == sorted(fragments.parts[1])
     assert fragments.say(5) == "round 5 synchronises fragment 2 of 3: "
+    assert Fragments(llama(4), Streaming(fragments=2)).say(5) == "round 5 synchronises fragment 1 of 2: "
     assert Fragments(llama(4), Streaming()).say(5) == ""
 
 

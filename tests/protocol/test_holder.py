@@ -80,6 +80,10 @@ def test_an_offer_is_not_held_until_its_renewal_is_answered():
     assert lease.renew_at == 1 + 0.6 * 30
 
 
+def test_an_offer_that_nobody_tried_to_accept_needs_no_release():
+    assert not offered().must_release
+
+
 def test_an_offer_whose_acceptance_stays_unanswered_is_released_never_assumed():
     lease = offered()
     for _ in range(ACCEPT_ATTEMPTS_MAX):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from hypha.errors import LocalProtocolError, RemoteProtocolError
+from hypha.protocol import manifest
 from hypha.protocol.manifest import Chain, Found, from_bytes, judge_existing, replay, to_bytes
 from hypha.protocol.messages import Contribution, Interval, Merged, SliceRef
 
@@ -174,6 +175,7 @@ def test_whoever_loses_the_race_for_an_entry_knows_what_to_do():
     mine = chain.round_entry(merged(1), [ONE], job_epoch=1, nonce="mine")
     assert judge_existing(mine, from_bytes(to_bytes(mine))) is Found.OURS
     assert judge_existing(mine, replace(mine, nonce="theirs")) is Found.RELOAD
+    assert judge_existing(mine, replace(mine, samples=mine.samples + 1)) is Found.RELOAD
     assert judge_existing(mine, chain.epoch_entry(scheduler="standby", nonce="s")) is Found.DEPOSED
 
 
@@ -184,6 +186,18 @@ def test_whoever_loses_the_race_for_an_entry_knows_what_to_do():
 def test_what_is_no_entry_is_refused(data):
     with pytest.raises(RemoteProtocolError, match="wrong shape"):
         from_bytes(data)
+
+
+def test_an_entry_may_be_as_large_as_the_bound_and_no_larger(monkeypatch):
+    entry = begun().epoch_entry(scheduler="s", nonce="n")
+    data = to_bytes(entry)
+    monkeypatch.setattr(manifest, "ENTRY_BYTES_MAX", len(data))
+    assert from_bytes(to_bytes(entry)) == entry
+    monkeypatch.setattr(manifest, "ENTRY_BYTES_MAX", len(data) - 1)
+    with pytest.raises(RemoteProtocolError, match="exceeds"):
+        from_bytes(data)
+    with pytest.raises(LocalProtocolError, match="exceeds"):
+        to_bytes(entry)
 
 
 def test_the_same_entry_in_other_bytes_is_refused():

@@ -20,7 +20,9 @@ def test_a_restart_goes_on_where_the_chain_ends_with_the_leases_that_answer():
     rounds = restarted([A, B])
     assert (rounds.round, rounds.samples) == (2, 4)
     assert [e.member for e in rounds.orphans()] == [C]
+    before = rounds.view(0.0).view
     rounds.lease_adopted(A)
+    assert (rounds.view(0.0).members, rounds.view(0.0).view) == ((A,), before + 1)
     assert [e.member for e in rounds.lease_died(B)] == [B]
     assert rounds.view(0.0).members == (A,)
     assert rounds.grant(A, request=0, wanted=9) == Interval(epoch=0, slice=0, start=4, stop=8)

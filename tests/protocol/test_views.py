@@ -6,7 +6,19 @@ import pytest
 from msgspec.structs import replace
 
 from hypha.protocol.messages import CloseRound, Contribution, Member, Progress, PushUpdate, RoundView
-from hypha.protocol.views import Observed, Part, ViewGuard, judge, judge_epoch, judge_lease, refusal, same_world
+from hypha.protocol.views import (
+    NAMES_SHOWN_MAX,
+    Observed,
+    Part,
+    ViewGuard,
+    judge,
+    judge_epoch,
+    judge_lease,
+    refusal,
+    same_world,
+    say_members,
+    server_of,
+)
 
 A = Member(peer_id="a", fence=3, lease_id="lease-a")
 F = Member(peer_id="f", fence=1, lease_id="lease-f")
@@ -178,3 +190,14 @@ def test_a_close_under_a_view_that_has_not_come_is_to_come_again():
         contributors=(),
     )
     assert judge_lease(VIEW, close, "s", (Part.SERVER,)).retry
+
+
+def test_a_view_without_servers_has_none_for_any_shard():
+    assert server_of(VIEW, 0) == S
+    assert server_of(replace(VIEW, servers=(), server_addresses=()), 0) is None
+
+
+def test_a_few_leases_are_named_and_the_rest_counted():
+    leases = [Member(peer_id=letter, fence=1, lease_id=letter) for letter in "abcdef"]
+    assert say_members(leases[:NAMES_SHOWN_MAX]) == "a, b, c, d"
+    assert say_members(leases) == "a, b, c, d and 2 more"
