@@ -21,6 +21,9 @@ from hypha.protocol.bridge import Event, RoundCommitted, Stop, UpdateArrived, Vi
 
 # A view whose base we lack is normally followed by the update that leads there; after this, fetch the whole model.
 UPDATE_WAIT_S = 10.0
+# Or, where links are slow, after so many times what our own update took: both go to or come from the same servers, and
+# a model fetched beside an update on its way takes the link from it.
+UPDATE_WAIT_PUSHES = 2.0
 
 
 class Standing(Protocol):
@@ -89,6 +92,7 @@ class Outlook:
         self.committed = 0
         self.over: str | None = None
         self.behind_since: float | None = None
+        self.push_s = 0.0  # how long our last update took to be delivered
 
     def take(self, event: Event) -> None:
         """Add one event; older views and lower closes than those known change nothing."""
@@ -164,4 +168,5 @@ def _elsewhere(outlook: Outlook, view: ViewChanged, kept: Mapping[int, Standing]
         return Ahead()  # there is enough to do until the update comes
     if outlook.behind_since is None:
         outlook.behind_since = now
-    return Wait() if now - outlook.behind_since < UPDATE_WAIT_S else Fetch()
+    patience_s = max(UPDATE_WAIT_S, UPDATE_WAIT_PUSHES * outlook.push_s)
+    return Wait() if now - outlook.behind_since < patience_s else Fetch()

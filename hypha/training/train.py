@@ -299,7 +299,9 @@ class Trainer:
 
     def send(self, kept: Kept, update: SendUpdate) -> None:
         """Deliver an update, and take the answer to heart. Raises BridgeRefused."""
+        began = time.monotonic()
         answer = self.session.send(msgspec.structs.replace(update, traceparent=inject()))
+        self.outlook.push_s = time.monotonic() - began
         self._listen()
         self._answered(kept, answer)
 

@@ -6,6 +6,7 @@ import pytest
 
 from hypha.protocol.bridge import FileRef, RoundCommitted, Stop, UpdateArrived, ViewChanged
 from hypha.training.standing import (
+    UPDATE_WAIT_PUSHES,
     UPDATE_WAIT_S,
     Apply,
     Fetch,
@@ -88,6 +89,14 @@ def test_an_update_that_does_not_come_is_waited_for_only_so_long():
     assert next_move(seen, kept(r1="A"), 1, now=100.0) == Wait()
     assert next_move(seen, kept(r1="A"), 1, now=100.0 + UPDATE_WAIT_S - 0.1) == Wait()
     assert next_move(seen, kept(r1="A"), 1, now=100.0 + UPDATE_WAIT_S) == Fetch()
+
+
+def test_behind_a_slow_link_an_update_is_waited_for_as_long_as_ours_took_twice():
+    seen, wait_s = outlook(view(2, 2, "b")), UPDATE_WAIT_PUSHES * 31.0
+    seen.push_s = 31.0
+    assert next_move(seen, kept(r1="A"), 1, now=100.0) == Wait()
+    assert next_move(seen, kept(r1="A"), 1, now=100.0 + wait_s - 0.1) == Wait()
+    assert next_move(seen, kept(r1="A"), 1, now=100.0 + wait_s) == Fetch()
 
 
 def test_older_views_and_lower_closes_change_nothing():
