@@ -25,7 +25,7 @@ from hypha.demo.nodes import free_port
 
 TRAINERS = 2
 LAYERS, HIDDEN = 4, 128
-BATCH, TOKENS = 32, 64
+BATCH, TOKENS = 24, 64
 # Far more samples than any run takes; many small slices, since they travel on the slow link as well.
 TEXT_BYTES, SLICE_BYTES = 4_000_000, 32_768
 STOP_S, READY_S = 20.0, 240.0
