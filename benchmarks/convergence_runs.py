@@ -6,7 +6,7 @@
     fragments       the model's tensors in F groups, each with its own base and momentum; group k is synchronised at
                     inner steps kH/F, (k+F)H/F, …, and applied `overlap` steps later as α·θ_global + (1-α)·θ_local
 
-The same spec gives the same numbers. Every run sees the same number of tokens, whatever the number of workers.
+The same spec gives the same numbers. A run sees `batches` batches, whatever the number of workers.
 """
 
 import statistics
@@ -29,7 +29,7 @@ from hypha.training.inner import InnerLoop, loss_of
 from hypha.training.models import build, parameters_of
 
 SEQUENCE, BATCH = 64, 8
-# Batches that every run trains on, over all workers: 800 inner steps with two of them.
+# Batches that a run trains on where nothing else is said, over all workers: 800 inner steps with two of them.
 BATCHES = 1_600
 HELD_OUT_BATCHES = 48
 WARMUP_SHARE = 0.02
@@ -55,6 +55,7 @@ class Spec(Struct, frozen=True, kw_only=True):
     name: str
     seed: int = 0
     workers: int = 2
+    batches: int = BATCHES
     inner_steps: int = 50
     learning_rate: float = 0.9
     momentum: float = 0.5
@@ -67,7 +68,17 @@ class Spec(Struct, frozen=True, kw_only=True):
     @property
     def steps(self) -> int:
         """Inner steps of each worker."""
-        return BATCHES // self.workers
+        return self.batches // self.workers
+
+    @property
+    def outer_steps(self) -> int:
+        """How often each tensor is synchronised."""
+        return self.steps // self.inner_steps if self.inner_steps else 0
+
+    @property
+    def tokens(self) -> int:
+        """What all workers train on together."""
+        return self.batches * BATCH * SEQUENCE
 
     @property
     def outer(self) -> OuterOptimizer:
@@ -88,7 +99,7 @@ class Outcome(Struct, frozen=True):
 class Text:
     """Training batches in an order of the seed's, and held-out ones."""
 
-    def __init__(self, directory: Path, seed: int) -> None:
+    def __init__(self, directory: Path, seed: int, batches: int) -> None:
         dataset = open_dataset(directory)
         schema = dict(dataset.manifest.schema)
         slices = [Rows(directory / ref.name, schema) for ref in dataset.manifest.train]
@@ -96,8 +107,8 @@ class Text:
         self._held_out = [held_out.read(n * BATCH, (n + 1) * BATCH) for n in range(HELD_OUT_BATCHES)]
         self._places = [(rows, at) for rows in slices for at in range(0, rows.samples - BATCH + 1, BATCH)]
         order = torch.randperm(len(self._places), generator=torch.Generator().manual_seed(seed))
-        self._order = order.tolist()[:BATCHES]
-        assert len(self._order) == BATCHES, f"{len(self._places)} batches of text are too few"
+        self._order = order.tolist()[:batches]
+        assert len(self._order) == batches, f"{len(self._places)} batches of text are too few"
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches."""
@@ -130,7 +141,7 @@ def train(spec: Spec, dataset: Path) -> Outcome:
     """Run to the end."""
     torch.set_num_threads(1)
     torch.manual_seed(spec.seed)
-    began, text = time.perf_counter(), Text(dataset, spec.seed)
+    began, text = time.perf_counter(), Text(dataset, spec.seed, spec.batches)
     if spec.inner_steps == 0:
         loss, up, down = _data_parallel(spec, text)
     else:
@@ -249,8 +260,7 @@ class DiLoCo:
                 if step >= synced_at + spec.overlap:
                     part.apply(self.workers)
         self._conclude()
-        tokens = BATCHES * BATCH * SEQUENCE
-        up, down = (sum(getattr(part, way) for part in self.parts) / tokens for way in ("up", "down"))
+        up, down = (sum(getattr(part, way) for part in self.parts) / spec.tokens for way in ("up", "down"))
         return self.text.judge(self.loops[0].model), up, down
 
     def _conclude(self) -> None:

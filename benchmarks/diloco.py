@@ -108,7 +108,7 @@ def data_parallel(text: Text, steps: int) -> float:
     return judge(model, text.held_out())
 
 
-def diloco(text: Text, steps: int, inner_steps: int) -> float:
+def diloco(text: Text, steps: int, inner_steps: int, optimizer: OuterOptimizer) -> float:
     """Train the same tokens with an outer step after every `inner_steps`; returns the held-out loss."""
     batches = text.batches()
     models = [fresh() for _ in range(WORKERS)]
@@ -122,7 +122,7 @@ def diloco(text: Text, steps: int, inner_steps: int) -> float:
         for name, start in base.items():
             deltas = [(start - parameters_of(model)[name].detach(), inner_steps * BATCH) for model in models]
             average = mean(deltas, samples=WORKERS * inner_steps * BATCH)
-            momentum[name], update = nesterov(momentum[name], average, OUTER)
+            momentum[name], update = nesterov(momentum[name], average, optimizer)
             base[name] = start - update
         for model in models:
             for name, tensor in parameters_of(model).items():
@@ -130,34 +130,40 @@ def diloco(text: Text, steps: int, inner_steps: int) -> float:
     return judge(models[0], text.held_out())
 
 
+def _prepare(directory: Path) -> None:
+    prepare(
+        [Path(path) for path in standard_library().sources],
+        directory,
+        name="text",
+        sequence_length=128,
+        slice_bytes=1 << 22,
+        held_out=0.05,
+        seed=0,
+        max_bytes=None,
+        digest="sha256",
+        force=False,
+    )
+
+
 def main() -> None:
     """Train both ways and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--outer", type=int, default=12, help="outer steps")
     parser.add_argument("--inner", type=int, default=20, help="inner steps between two outer ones, per worker")
+    parser.add_argument("--learning-rate", type=float, default=OUTER.learning_rate, help="of the outer optimizer")
+    parser.add_argument("--momentum", type=float, default=OUTER.momentum, help="of the outer optimizer")
     arguments = parser.parse_args()
+    optimizer = OuterOptimizer(learning_rate=arguments.learning_rate, momentum=arguments.momentum)
     steps = arguments.outer * arguments.inner
     with tempfile.TemporaryDirectory(prefix="hypha-bench-") as folder:
         directory = Path(folder) / "text"
-        sources = [Path(path) for path in standard_library().sources]
-        prepare(
-            sources,
-            directory,
-            name="text",
-            sequence_length=128,
-            slice_bytes=1 << 22,
-            held_out=0.05,
-            seed=0,
-            max_bytes=None,
-            digest="sha256",
-            force=False,
-        )
+        _prepare(directory)
         text = Text(directory)
         initial = judge(fresh(), text.held_out())
         began = time.perf_counter()
         parallel = data_parallel(text, steps)
         middle = time.perf_counter()
-        local = diloco(text, steps, arguments.inner)
+        local = diloco(text, steps, arguments.inner, optimizer)
         ended = time.perf_counter()
     parameters = sum(tensor.numel() for tensor in parameters_of(fresh()).values())
     ring = 2 * (WORKERS - 1) / WORKERS * 2 * parameters * FP32_BYTES / (BATCH * 128)
@@ -173,6 +179,7 @@ def main() -> None:
         "parameters": parameters,
         "workers": WORKERS,
         "tokens": steps * WORKERS * BATCH * 128,
+        "outer_optimizer": optimizer,
         "outer_steps": arguments.outer,
         "inner_steps": arguments.inner,
         "bytes_per_token": {"data_parallel": round(ring, 1), "diloco": round(outer, 1)},
