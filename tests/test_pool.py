@@ -231,3 +231,14 @@ async def test_in_a_bad_network_nothing_is_relied_on_that_the_worker_does_not_ke
         # One message in five is lost: leases die now and then, each is told of, and others take their place.
         assert len(scheduler.deaths) == leased - len(scheduler.pool.live())
         assert moments > 150
+
+
+@pytest.mark.parametrize("share", [0.05, 0.12, 0.22])
+async def test_a_lease_lives_where_an_answer_takes_longer_than_an_attempt_has(cast, autojump_clock, share):
+    async with cast.worker("w") as worker, cast.scheduler() as scheduler:
+        leased = await scheduler.lease_from(worker)
+        # Both directions take so long: the first attempt is answered while the second or third is under way.
+        cast.fabric.calm(FaultProfile(latency_s=share * TTL_S / 2))
+        await trio.sleep(HOUR_S)
+        assert (scheduler.pool.live(), scheduler.deaths) == ([leased], [])
+        assert worker.leases() == [("s", "renewable")]

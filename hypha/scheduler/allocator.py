@@ -22,7 +22,8 @@ from hypha.protocol.auction_scheduler import Auction, Closed, Waiting, Want, Win
 from hypha.protocol.messages import TOPIC_WORKER, Ack, Ask, TaskAdvertisement, WorkerOffer
 from hypha.protocol.resources import Resources
 from hypha.runtime import Runtime
-from hypha.scheduler.pool import TICK_S, LeasedWorker, NotHeld, Pool, Work
+from hypha.scheduler.pool import LeasedWorker, NotHeld, Pool, Work
+from hypha.scheduler.renewals import TICK_S
 from hypha.telemetry import ChangeLogger, OncePerKey, get_logger, span_from
 
 WORKERS = frozenset({"worker"})

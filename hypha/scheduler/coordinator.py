@@ -26,8 +26,9 @@ from hypha.protocol.tally import Exclude
 from hypha.runtime import Runtime
 from hypha.scheduler.committer import Committer, Wanted
 from hypha.scheduler.pace import Pacing
-from hypha.scheduler.pool import TICK_S, LeasedWorker, Pool
+from hypha.scheduler.pool import LeasedWorker, Pool
 from hypha.scheduler.progress import JobProgress
+from hypha.scheduler.renewals import TICK_S
 from hypha.scheduler.scribe import Scribe
 from hypha.scheduler.standing import Standing
 from hypha.scheduler.store import JobStore

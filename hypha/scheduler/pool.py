@@ -5,7 +5,8 @@
                                      │                                 └ release ────────────▶ given back
                                      └─ no known outcome, gone ─▶ NotHeld, given back in the background
 
-The rules are `protocol.holder`'s. What is given back is released a few times over; after that it expires by itself.
+The rules are `protocol.holder`'s, the attempts `renewals`'.
+What is given back is released a few times over; after that it expires by itself.
 """
 
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError
 from hypha.network.retry import Backoff, attempt
 from hypha.network.seam import Network
 from hypha.protocol.holder import HeldLease, HolderState
-from hypha.protocol.messages import LeaseGone, Member, ReleaseLease, RenewLease, WorkerOffer
+from hypha.protocol.messages import Member, ReleaseLease, WorkerOffer
 from hypha.protocol.resources import Resources
 from hypha.runtime import Runtime
-from hypha.telemetry import get_logger, metrics, span, span_from
+from hypha.scheduler.renewals import Renewals
+from hypha.telemetry import get_logger, metrics, span
 
 Work = Literal["train", "aggregate"]
 
@@ -30,8 +32,6 @@ RELEASE_ATTEMPTS_MAX = 4
 RELEASE_PATIENCE_S = 2.0
 RELEASE_RETRY_BASE_S = 0.2
 RELEASE_RETRY_MAX_S = 2.0
-# Clocks are floats: waking a rounding error early must cost a moment, not spin.
-TICK_S = 0.001
 
 log = get_logger("scheduler.pool")
 
@@ -161,10 +161,9 @@ class Pool:
 
     async def _take(self, worker: LeasedWorker) -> LeasedWorker | NotHeld:
         held = worker.held
+        renewals = Renewals(self._network, self._runtime, held)
         try:
-            while held.state in (HolderState.OFFERED, HolderState.ACCEPTING):
-                await self._when_due(held)
-                await self._renew(held)
+            await renewals.accept()
         finally:
             if held.state is not HolderState.HELD:
                 held.release("it was not waited for any more")
@@ -174,7 +173,7 @@ class Pool:
             return NotHeld(held.reason)
         self._workers[held.lease_id] = worker
         metrics.ACTIVE_WORKERS.add(1)
-        self._nursery.start_soon(self._keep, worker)
+        self._nursery.start_soon(self._keep, worker, renewals)
         log.debug(
             "Lease accepted", lease_id=held.lease_id, worker_peer_id=held.worker, work=worker.work, price=worker.price
         )
@@ -244,50 +243,13 @@ class Pool:
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 
-    async def _keep(self, worker: LeasedWorker) -> None:
+    async def _keep(self, worker: LeasedWorker, renewals: Renewals) -> None:
         held = worker.held
-        while held.state is HolderState.HELD:
-            await self._when_due(held)
-            if held.state is HolderState.HELD:
-                # A trace of its own: the one that this task was started in has long ended.
-                with span_from(None, "renewal", lease_id=held.lease_id, worker_peer_id=held.worker):
-                    await self._renew(held)
+        await renewals.keep()
         if self._remove(worker):
             log.info("Lease lost", lease_id=held.lease_id, worker_peer_id=held.worker, reason=held.reason)
             self._return(held)
             self._died(worker, held.reason)
-
-    async def _when_due(self, held: HeldLease) -> None:
-        """Return when the next renewal is due or the lease has ended."""
-        while (due_at := held.next_event()) is not None and (wait_s := due_at - self._runtime.now()) > 0:
-            await self._runtime.sleep(max(wait_s, TICK_S))
-
-    async def _renew(self, held: HeldLease) -> None:
-        """Send one renewal and note what came of it."""
-        now = self._runtime.now()
-        held.lapse(now)
-        if held.state is HolderState.ENDED:
-            return
-        number = held.begin_attempt(now)
-        message = RenewLease(lease_id=held.lease_id, fence=held.fence, job_epoch=held.job_epoch, attempt=number)
-        alive = await self._ask(held, message, patience_s=held.attempt_timeout_s(now))
-        metrics.LEASE_RENEWALS.add(1, status="success" if alive else "failure")
-
-    async def _ask(self, held: HeldLease, message: RenewLease, *, patience_s: float) -> bool:
-        try:
-            answer = await attempt(self._network, held.worker, message, patience_s=patience_s)
-        except (PeerUnreachable, RemoteProtocolError) as error:
-            if isinstance(error, Refused) and error.code == "stale":
-                held.gone(str(error))
-            else:
-                # Whatever else is wrong, only the grantor's word or the deadline ends a lease.
-                held.unanswered(message.attempt, self._runtime.now(), self._runtime.random.random())
-                log.debug("Renewal not answered", lease_id=held.lease_id, reason=str(error))
-            return False
-        if isinstance(answer, LeaseGone):
-            held.gone(answer.reason)
-            return False
-        return held.answered(message.attempt, answer.remaining_s, self._runtime.now())
 
 
 def _envelope(held: HeldLease) -> Envelope:
