@@ -48,10 +48,10 @@ def test_the_fast_path_writes_what_the_slow_one_writes(codec, size):
     assert codecs.decode(data, size, coding).tolist() == slow_codecs.decode(data_of(data), size, coding)
 
 
-@given(elements, st.sampled_from(PACKED))
+@given(elements, st.sampled_from(PACKED), st.sampled_from([0.01, 0.03, 0.2]))
 @settings(max_examples=60, deadline=None)
-def test_the_fast_path_writes_what_the_slow_one_writes_whatever_the_values(values, codec):
-    coding = Coding(codec=codec, density=0.03)
+def test_the_fast_path_writes_what_the_slow_one_writes_whatever_the_values(values, codec, density):
+    coding = Coding(codec=codec, density=density)
     data = codecs.encode(torch.from_numpy(values), coding)
     assert data_of(data) == slow_codecs.encode(values.tolist(), coding)
     assert codecs.decode(data, len(values), coding).tolist() == slow_codecs.decode(data_of(data), len(values), coding)
