@@ -59,3 +59,8 @@ class Reports:
         """Wait for the answer that is still to come; None: there is none to come. Raises what the report raised."""
         told, self._told = self._told, None
         return None if told is None else told.result()
+
+    def end(self) -> None:
+        """Let the last report arrive: all is over, and nobody minds what it is answered."""
+        if self._told is not None:
+            self._told.over.wait()

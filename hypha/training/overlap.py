@@ -42,6 +42,7 @@ class Overlapping(Trainer):
         self._starving = False
         self._asked_at = -1  # in inner steps
         self._unusable = False
+        self._moving: tuple[UpdateArrived, Call[tuple[Path, ...]]] | None = None  # the next base is being written
 
     def act(self, move: standing.Move) -> None:
         """Make a move, unless the answer to an update asks for another."""
@@ -150,7 +151,7 @@ class Overlapping(Trainer):
         kept.early = self.inner.steps - self.pushed_at < self.job.streaming.overlap_steps and not self._starving
         move = self._next()
         if isinstance(move, standing.Apply) and move.update.round == self.here:
-            return not (self._in_time(kept) and self._join(move.update))
+            return not self._in_time(kept) or self._leads_nowhere(move.update)
         return not isinstance(move, standing.Ahead | standing.Wait)
 
     def _in_time(self, kept: Kept) -> bool:
@@ -171,6 +172,20 @@ class Overlapping(Trainer):
             return self._called_away()
         finally:
             self._starving = False
+
+    def _leads_nowhere(self, arrived: UpdateArrived) -> bool:
+        """Have the next base written beside the inner steps, and join it once it is; True: it cannot be joined."""
+        if self._moving is None or self._moving[0] != arrived:
+            self._moving = arrived, Call("outer-update", lambda: Trainer._written(self, arrived))
+        if not self._starving and not self._moving[1].over.is_set():
+            return False
+        return not self._join(arrived)
+
+    def _written(self, arrived: UpdateArrived) -> tuple[Path, ...]:
+        moving, self._moving = self._moving, None
+        if moving is not None and moving[0] == arrived:
+            return moving[1].result()
+        return super()._written(arrived)
 
     def _join(self, arrived: UpdateArrived) -> bool:
         """Stand on the base that the outer update leads to, in the middle of the round; False: it leads nowhere."""

@@ -6,9 +6,8 @@
                               └── UpdateArrived: θ ← θ_base − U ◀── wait
 
 What to do next is decided by hypha.training.standing. For every round not yet committed the executor keeps the base (a
-file for each shard), its inner state from the round's beginning, and its update: so it can go back and send that
-again (hypha.training.kept). Where a round synchronises a fragment only, its own parameters from the round's beginning
-are kept, too (hypha.training.local).
+file for each shard), its inner state from the round's beginning, and its update: so it can go back and send that again
+(hypha.training.kept); and its own parameters, where a round synchronises a fragment only (hypha.training.local).
 """
 
 import sys
@@ -89,7 +88,7 @@ class Trainer:
         while not isinstance(move := self._next(), standing.Finish):
             self.act(move)
             self._listen()
-        self.reports.hear()
+        self.reports.end()
         log.info("Training is over", reason=move.reason, inner_steps=self.inner.steps)
 
     def act(self, move: standing.Move) -> None:
@@ -141,16 +140,21 @@ class Trainer:
         return self._stand(arrived.round + 1, moved, arrived.model_digest, own)
 
     def _moved(self, arrived: UpdateArrived) -> tuple[Path, ...]:
-        """Write the base that an outer update leads to, by shard; nothing where that is not the parameter servers'."""
-        bases, updates = self.kept[arrived.round].base, [self.work_dir / file.path for file in arrived.files]
-        name = f"model-{arrived.round}-{arrived.close}"
-        results = tuple(self.work_dir / f"{name}-{part[:8]}.safetensors" for part in arrived.parts)
+        """Use up an outer update: return the base it leads to; nothing where that is not the parameter servers'."""
+        del self.outlook.updates[arrived.round]
+        moved = self._written(arrived)
+        remove(self.work_dir / file.path for file in arrived.files)
+        return moved
+
+    def _written(self, arrived: UpdateArrived) -> tuple[Path, ...]:
+        """Write the base that an outer update leads to, by shard; nothing where it leads elsewhere. Files only."""
+        updates, fragment = [self.work_dir / file.path for file in arrived.files], self.fragments.of(arrived.round)
+        begins = self.work_dir / f"model-{arrived.round}-{arrived.close}-"
+        results = tuple(Path(f"{begins}{part[:8]}.safetensors") for part in arrived.parts)
         with span_from(arrived.traceparent, "outer_update", round=arrived.round, close=arrived.close) as span:
-            del self.outlook.updates[arrived.round]
             try:
-                coding, fragment = self.job.compression.downward, self.fragments.of(arrived.round)
+                bases, coding = self.kept[arrived.round].base, self.job.compression.downward
                 written = shares.subtract(results, bases, updates, coding=coding, fragment=fragment)
-                remove(updates)
             except RemoteProtocolError as error:
                 span.fail(error)
                 log.warn("Outer update is unusable, fetching the model", round=arrived.round, reason=str(error))
@@ -215,8 +219,7 @@ class Trainer:
     def contribute(self) -> None:
         """Train the round where we stand and send the result, or send again what it gave; an event may end both."""
         kept = self.kept[self.here]
-        view = self.outlook.view
-        traceparent = view.traceparent if view is not None else None
+        traceparent = None if self.outlook.view is None else self.outlook.view.traceparent
         try:
             if kept.update is None:
                 with span_from(traceparent, "inner_steps", round=self.here):
@@ -234,8 +237,7 @@ class Trainer:
             self._restart(round_)
         kept.begun = True
         samples_max = self.job.rounds.samples_between_updates
-        batches = samples = 0
-        loss_sum, sync_at = 0.0, self._batches_max(round_)
+        batches, samples, loss_sum, sync_at = 0, 0, 0.0, self._batches_max(round_)
         with self.supply.feed(kept, round_, leave=self._leaves_waiting) as feed:
             while batches < sync_at and samples < samples_max:
                 if self._called_away():

@@ -61,3 +61,12 @@ def test_what_a_report_raised_is_raised_at_the_next_and_only_there():
         reports.tell(report(2))
     assert reports.hear() is None
     assert worker.heard == [13]
+
+
+def test_in_the_end_the_last_report_arrives_whatever_it_is_answered():
+    worker = Worker()
+    reports = Reports(worker)
+    worker.may.release()
+    reports.tell(report(13))
+    reports.end()
+    assert worker.heard == [13]
