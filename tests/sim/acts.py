@@ -31,6 +31,9 @@ TROUBLE_S = 10.0
 POLL_S = 0.1
 # A restarted leader leads at once in one of so many cases; else it stands by as the other one does.
 LEADS_AGAIN_BELOW = 0.3
+# Echoes of what a scheduler said come so often, and until so long after it is started again.
+ECHO_EVERY_S = 1.0
+ECHO_S = 3.0
 CHECKPOINT_KINDS = ("model", "momentum")
 
 
@@ -77,6 +80,19 @@ async def silent(strike: Strike) -> None:
     strike.struck("crashes silently")
     strike.cluster.take_down(strike.machine, silent=True)
     await _start_again(strike)
+
+
+async def echo(strike: Strike) -> None:
+    """Let a scheduler crash; until a while after it is back, what it said last arrives again and again."""
+    strike.struck("crashes, and what it said is heard again and again")
+    said = strike.cluster.echoes.of(strike.name)
+    strike.cluster.take_down(strike.machine)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_start_again, strike)
+        with trio.move_on_after(strike.fault.for_s + ECHO_S):
+            while True:
+                await trio.sleep(ECHO_EVERY_S)
+                strike.cluster.echoes.say_again(strike.name, said)
 
 
 async def crash_all(strike: Strike) -> None:
@@ -353,6 +369,7 @@ async def claim(strike: Strike) -> None:
 ACTS: dict[str, Act] = {
     "crash": crash,
     "silent": silent,
+    "echo": echo,
     "wipe": wipe,
     "power": power,
     "pause": pause,

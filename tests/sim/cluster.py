@@ -24,10 +24,13 @@ from hypha.scheduler.config import Config as SchedulerConfig
 from hypha.scheduler.store import Deposed
 from hypha.store.memory_disk import MemoryDisk
 from tests.sim import dataset
+from tests.sim.aftermath import look_over
+from tests.sim.broken import Broken
 from tests.sim.chronicle import NODE, Chronicle
+from tests.sim.echoes import Echoes
 from tests.sim.executors import Pace, SimExecutor
 from tests.sim.flavours import CALM
-from tests.sim.invariants import Broken, Invariants
+from tests.sim.invariants import Invariants
 from tests.sim.kinds import CLOCK_OFF, SLOW_DISK
 from tests.sim.machines import PEM, DataMachine, GatewayMachine, Machine, SchedulerMachine, TwinMachine, WorkerMachine
 from tests.sim.scenario import HOLD_S, SLOW_DISK_S, Scenario
@@ -78,6 +81,7 @@ class Cluster:
         self.situations = Situations(self)
         self.invariants = Invariants(self)
         self.strikes = Strikes(self)
+        self.echoes = Echoes(self)
         self.fabric.on_event(self.chronicle.network)
         self.fabric.on_answer(self._answered)
         self.chronicle.watch(self._check)
@@ -95,6 +99,7 @@ class Cluster:
             self._add_worker(f"worker-{number}", number)
         first = self._add(SchedulerMachine, "scheduler")
         first.config = self._config()
+        self._watch_commits(first)
         self.store = first.disk
         if scenario.standby:
             self._share_store(first)
@@ -110,9 +115,14 @@ class Cluster:
         self.store = MemoryDisk(seed=self.scenario.seed)
         second = self._add(SchedulerMachine, "standby")
         second.config, second.stands_by = first.config, True
+        self._watch_commits(second)
         for each in (first, second):
             each.keep_objects_on(self.store)
             each.on_turn = lambda: self.reach("standby take-over")
+
+    def _watch_commits(self, machine: SchedulerMachine) -> None:
+        machine.on_commit = lambda: self.strikes.happens("committer", machine.name)
+        machine.on_conflict = lambda: self.reach("entry of the chain lost to another")
 
     def _add(self, kind: type[M], name: str) -> M:
         rates = self.scenario.rates
@@ -232,7 +242,7 @@ class Cluster:
         self._make_whole()
         if self.broken is None:
             await trio.sleep(GOODBYE_TTLS * scenario.ttl_s)
-            self.invariants.at_the_end()
+            self._look(lambda: look_over(self))
 
     async def _finished(self) -> None:
         while not any(each.finished.is_set() for each in self.schedulers):  # noqa: ASYNC110 - virtual time
@@ -265,12 +275,10 @@ class Cluster:
         if len(self.chronicle.lines) > EVENTS_MAX:
             self._break("the cluster comes to rest", f"more than {EVENTS_MAX} events")
         self.situations.look()
-        try:
-            self.invariants.check()
-        except Broken as broken:
-            self._break(broken.invariant, broken.how)
+        self._look(self.invariants.check)
 
     def _answered(self, asker: str, answerer: str, request: bytes, reply: bytes) -> None:
+        self.echoes.said(asker, answerer, request)
         if any(kind in request[:TAG_BYTES] for kind in UNWATCHED):
             return
         message, answer = decode(request), decode(reply)
@@ -278,8 +286,11 @@ class Cluster:
         if isinstance(answer, Merged):
             self.strikes.happens("merger", answerer)
             self.strikes.happens("closer", asker)
+        self._look(lambda: self.invariants.answered(asker, answerer, message, answer))
+
+    def _look(self, look: Callable[[], None]) -> None:
         try:
-            self.invariants.answered(asker, answerer, message, answer)
+            look()
         except Broken as broken:
             self._break(broken.invariant, broken.how)
 

@@ -5,14 +5,15 @@ flavour ─▶ kinds of faults it draws from, how many, how long ─▶ Fault(at
 
 A kind is "what-target".
 
-what    crash, silent (nobody learns of it), wipe (its disk is gone), power (lost in the midst of a write), pause,
-        leave (politely), join, cut, oneway (it is not heard), deaf (it does not hear), storm (of the whole network),
-        exit, stall, spoil (its next update is not finite), claim (its next update names samples it was not granted),
-        full, error (of the disk, once), decay (of the newest checkpoint), unstored (cut from the store), twin (a
-        second scheduler on its journal), wall (its wall clock jumps by an hour), drift (its clock changes its rate)
+what    crash, silent (nobody learns of it), wipe (its disk is gone), power (lost in the midst of a write), echo (a
+        crash, and what it said last arrives again and again until a while after it is back), pause, leave (politely),
+        join, cut, oneway (it is not heard), deaf (it does not hear), storm (of the whole network), exit, stall, spoil
+        (its next update is not finite), claim (its next update names samples it was not granted), full, error (of the
+        disk, once), decay (of the newest checkpoint), unstored (cut from the store), twin (a second scheduler on its
+        journal), wall (its wall clock jumps by an hour), drift (its clock changes its rate)
 target  trainer, server (of parameters), spare, worker, data, gateway, gateways (all), scheduler, leader, store, any,
         or whoever is in the midst of it: pusher (a trainer sends its update), merger (a server has merged), closer
-        (the scheduler, at that moment)
+        (the scheduler, at that moment), committer (the scheduler, just before it makes a step's entry in the chain)
 """
 
 import random
@@ -45,8 +46,9 @@ STORM = structs.replace(LOSSY, loss=0.25, duplication=0.25, reordering=0.3, late
 BUSY_S = 14.0
 # How long a moment is waited for.
 MOMENT_S = 20.0
-MOMENTS = ("pusher", "merger", "closer")
+MOMENTS = ("pusher", "merger", "closer", "committer")
 FAULTS_MAX = 4
+ECHO_TTLS = (0.2, 1.5)
 
 
 class Fault(Struct, frozen=True, kw_only=True):
@@ -89,6 +91,8 @@ CUTS = (
 )
 PAUSES = ("pause-trainer", "pause-server", "pause-scheduler", "pause-data")
 RECOVERIES = (
+    "echo-scheduler",
+    "echo-scheduler",
     "crash-server",
     "silent-server",
     "wipe-server",
@@ -121,6 +125,8 @@ MEMBERS = (
     "exit-trainer",
 )
 DUELS = (
+    "pause-committer",
+    "pause-committer",
     "crash-leader",
     "silent-leader",
     "wipe-leader",
@@ -141,6 +147,7 @@ MOMENTOUS = (
     "crash-merger",
     "crash-closer",
     "pause-closer",
+    "crash-committer",
 )
 KINDS = {
     "deaths": DEATHS,
@@ -193,16 +200,20 @@ def faults(flavour: str, chance: random.Random, *, ttl_s: float, turn: int) -> t
     kinds = KINDS.get(flavour, ())
     count = chance.randint(1, FAULTS_MAX) if kinds else 0
     drawn = [
-        _fault(chance.choice(kinds) if number else kinds[turn % len(kinds)], chance, ttl_s) for number in range(count)
+        _fault(chance.choice(kinds) if number else kinds[turn % len(kinds)], chance, ttl_s, turn)
+        for number in range(count)
     ]
     return tuple(sorted(drawn, key=lambda fault: fault.at_s))
 
 
-def _fault(kind: str, chance: random.Random, ttl_s: float) -> Fault:
+def _fault(kind: str, chance: random.Random, ttl_s: float, turn: int) -> Fault:
     lasting = (0.5, 3.0, 8.0, 18.0)
     for_s = chance.choice(lasting) * chance.uniform(0.8, 1.2)
     if kind.startswith("pause") and chance.random() < 0.5:
         for_s = 2 * ttl_s
+    if kind.startswith("echo"):
+        # Leases are adopted after a short one; in a long one they run out although echoes of renewals come.
+        for_s = ECHO_TTLS[turn % 2] * ttl_s
     return Fault(at_s=round(chance.uniform(0.3, BUSY_S), 3), kind=kind, for_s=round(for_s, 3), pick=chance.random())
 
 

@@ -2,10 +2,12 @@
 
     state of the roles   capacity, jobs under live leases, the holder stops first, silence frees     L1 L3 L4
                          nobody's newest view goes back; what is held is of the open base            L2
-    requests answered    newest epoch and view only, one Committed for each round, no used samples   L2 L5 L6
+    requests answered    newest epoch, fence and view only, one Committed for each round             L2 L4 L5
+                         a grant is journaled before it leaves, and of no used samples               L6
     the chain            every new entry: who was counted, how many, which samples, which model      L2 L5 L6
+                         what a leader takes for committed is in it, and its job epoch is its own    L5
     the journal          opened again: everything that it acknowledged is there                      L5 L6
-    at the end           all rounds, the reference's model, nothing left behind                      L3 L5 L6
+    at the end           see `aftermath`
 
 Whatever is allowed depends on clocks, so deadlines are judged by the clock of the machine that owns them.
 """
@@ -17,11 +19,12 @@ import trio
 from hypha.errors import StoreError
 from hypha.protocol import manifest
 from hypha.protocol.lease import LIVING, Lease, State
-from hypha.protocol.manifest import RoundCommitted
+from hypha.protocol.manifest import JobEpochStarted, RoundCommitted
 from hypha.protocol.messages import (
     Ack,
     CloseRound,
     Committed,
+    Failure,
     Member,
     Merged,
     Message,
@@ -31,12 +34,13 @@ from hypha.protocol.messages import (
     SliceGrant,
     SliceRequest,
 )
-from hypha.protocol.shards import kind_of
-from hypha.store.blobs import Artifact, Blobs
+from hypha.protocol.rounds import RoundBook
+from hypha.protocol.slices import Grant
 from hypha.store.chain import Chain
 from hypha.store.objects import DirectoryObjects
 from hypha.worker.aggregator import AggregateSession
 from hypha.worker.session import Session
+from tests.sim.broken import Broken
 from tests.sim.machines import SchedulerMachine, WorkerMachine, unseen
 from tests.sim.reference import Reference
 
@@ -47,15 +51,6 @@ if TYPE_CHECKING:
 KILLED_WITHIN_S = 1.0
 
 
-class Broken(Exception):
-    """An invariant that did not hold, and how."""
-
-    def __init__(self, invariant: str, how: str) -> None:
-        super().__init__(f"{invariant}: {how}")
-        self.invariant = invariant
-        self.how = how
-
-
 class Invariants:
     """What must hold in one cluster; `check` raises Broken."""
 
@@ -63,7 +58,7 @@ class Invariants:
         from tests.sim.cluster import MODEL_SEED, OUTER
 
         self._cluster = cluster
-        self._reference = Reference(
+        self.reference = Reference(
             seed=MODEL_SEED,
             sizes=cluster.scenario.slices,
             outer=OUTER,
@@ -74,6 +69,7 @@ class Invariants:
         self._chain = Chain(self._objects)
         self._operations = 0
         self._chain_epoch = 0  # the newest that has begun
+        self._leaders: dict[int, str] = {}  # whose each job epoch is
         self._members: dict[tuple[int, int], set[Member]] = {}  # by (job epoch, round): in any view of it
         self._fences: dict[tuple[str, int], str] = {}
         self._dead_since: dict[str, float] = {}
@@ -82,7 +78,8 @@ class Invariants:
         self._merged: dict[tuple[int, str], str] = {}  # by close and lease
         self._seen_view: dict[str, tuple[int, int]] = {}
         self._standing: dict[str, tuple[int, int]] = {}  # newest view of each session, by lease
-        self._epochs: dict[str, int] = {}  # newest that renewed, by lease
+        self._epoch_since: dict[str, tuple[int, float]] = {}  # its job epoch, and since when, by lease
+        self._renewed: dict[str, tuple[int, int]] = {}  # newest (job epoch, attempt) that renewed, by lease
 
     # --- after every event ----------------------------------------------------------------------------------------
 
@@ -100,6 +97,8 @@ class Invariants:
         if len({id(machine.disk) for machine in leading}) < len(leading):
             raise Broken("one scheduler on a journal", f"{[machine.name for machine in leading]} lead from one")
         self._check_chain()
+        for machine in leading:
+            self._check_committed(machine)
 
     def _check_worker(self, machine: WorkerMachine) -> None:
         worker, now = machine.worker, machine.runtime.now()
@@ -146,6 +145,8 @@ class Invariants:
             if newest < before:
                 raise Broken("L2 views never go back", f"{lease_id} has view {newest} after {before}")
             self._standing[lease_id] = newest
+            if newest[0] != before[0]:
+                self._epoch_since[lease_id] = newest[0], trio.current_time()
         collector = session._collector if isinstance(session, AggregateSession) else None
         for generation in collector._generations.values() if collector is not None else ():
             for held in generation.held.values():
@@ -165,10 +166,15 @@ class Invariants:
             self._members.setdefault((view.job_epoch, view.round), set()).update(view.members)
         for leased in coordinator.pool.live():
             self._check_held(leased.member)
-        for _, request in coordinator.book.pending.requests if coordinator.book.pending is not None else ():
+        self._check_close(book)
+
+    def _check_close(self, book: RoundBook) -> None:
+        for _, request in book.pending.requests if book.pending is not None else ():
             for peer_id, fence, _ in request.contributors:
                 if faults := self._excluded(peer_id, fence, request.round):
                     raise Broken("no Close names what is excluded", faults[0])
+                if (peer_id, fence, request.round) in book._excluded:  # and about to be journaled
+                    raise Broken("no Close names what is excluded", f"{peer_id}/{fence} in round {request.round}")
 
     def _check_held(self, member: Member) -> None:
         """What the holder relies on, the grantor has not ended: the holder always stops first."""
@@ -196,9 +202,22 @@ class Invariants:
             self._chain_epoch = max(self._chain_epoch, entry.job_epoch)
             if isinstance(entry, RoundCommitted):
                 self._check_round(entry)
+            elif isinstance(entry, JobEpochStarted):
+                self._leaders[entry.job_epoch] = entry.scheduler
+
+    def _check_committed(self, machine: SchedulerMachine) -> None:
+        """What a leader goes on from is in the chain, under a job epoch that is its own."""
+        assert machine.scheduler is not None
+        assert machine.scheduler.coordinator is not None
+        book = machine.scheduler.coordinator.book
+        if book.committed_round and self.reference.digests.get(book.committed_round) != book.committed_digest:
+            what = f"{machine.name} takes round {book.committed_round} for committed, which the chain does not have so"
+            raise Broken("L5 committed is what the chain has", what)
+        if self._leaders.get(book.job_epoch) != machine.name:
+            raise Broken("L5 a job epoch is one scheduler's", f"{machine.name} leads under epoch {book.job_epoch}")
 
     def _check_round(self, entry: RoundCommitted) -> None:
-        faults = self._reference.commit(entry)
+        faults = self.reference.commit(entry)
         round_, epoch, quorum = entry.merged.round, entry.job_epoch, self._cluster.scenario.quorum
         members = self._members.get((epoch, round_), set())
         # What was accepted outlives its sender's lease, and the scheduler that counted it.
@@ -240,8 +259,10 @@ class Invariants:
             case RenewLease(), _:
                 self._look_at_renewal(answerer, message, answer)
             case Committed(), _:
+                self._look_at_epoch(answerer, message, answer)
                 self._look_at_commit(message)
             case CloseRound(), _:
+                self._look_at_epoch(answerer, message, answer)
                 self._look_at_merge(message, answer)
             case SliceRequest(), SliceGrant():
                 self._look_at_grant(asker, answerer, message, answer)
@@ -249,12 +270,30 @@ class Invariants:
                 self._look_at_view(answerer, message)
 
     def _look_at_renewal(self, answerer: str, message: RenewLease, answer: Message) -> None:
-        self._heard[message.lease_id] = self._cluster.machines[answerer].runtime.now()
-        if isinstance(answer, Renewed):
-            newest = self._epochs.get(message.lease_id, 0)
-            if message.job_epoch < newest:
-                raise Broken("L2 no older job epoch renews", f"{message.lease_id}: {message.job_epoch} after {newest}")
-            self._epochs[message.lease_id] = message.job_epoch
+        if not isinstance(answer, Renewed):
+            return
+        machine, lease_id = self._cluster.machines[answerer], message.lease_id
+        assert isinstance(machine, WorkerMachine)
+        assert machine.worker is not None
+        lease = machine.worker.ledger._leases.get(lease_id)
+        if lease is not None and lease.fence != message.fence:
+            raise Broken("L2 no other fence renews", f"{lease_id} has fence {lease.fence}, and {message.fence} renews")
+        attempt, newest = (message.job_epoch, message.attempt), self._renewed.get(lease_id, (0, 0))
+        if attempt[0] < newest[0]:
+            raise Broken("L2 no older job epoch renews", f"{lease_id}: {attempt[0]} after {newest[0]}")
+        if attempt > newest:  # any other is told what remains, and adds nothing to it
+            self._renewed[lease_id], self._heard[lease_id] = attempt, machine.runtime.now()
+
+    def _look_at_epoch(self, answerer: str, message: CloseRound | Committed, answer: Message) -> None:
+        """Whoever has heard of a newer job epoch does nothing for an older one."""
+        machine, now = self._cluster.machines[answerer], trio.current_time()
+        assert isinstance(machine, WorkerMachine)
+        for executor in machine.executors():
+            epoch, since = self._epoch_since.get(executor.what.lease_id, (0, now))
+            # At one and the same moment either may have come first.
+            if message.job_epoch < epoch and since < now and not isinstance(answer, Failure):
+                what = f"{answerer} takes a {type(message).__name__} of epoch {message.job_epoch}, and knows {epoch}"
+                raise Broken("L2 an older job epoch is refused", what)
 
     def _look_at_commit(self, message: Committed) -> None:
         known = self._committed.setdefault(message.round, message.digest)
@@ -270,9 +309,15 @@ class Invariants:
                 )
 
     def _look_at_grant(self, asker: str, answerer: str, message: SliceRequest, answer: SliceGrant) -> None:
-        scheduler = self._cluster.machines[answerer].scheduler  # type: ignore[attr-defined]
-        book = scheduler.coordinator.book
+        machine = self._cluster.machines[answerer]
+        assert isinstance(machine, SchedulerMachine)
+        assert machine.scheduler is not None
+        assert machine.scheduler.coordinator is not None
+        book = machine.scheduler.coordinator.book
         member = Member(peer_id=asker, fence=message.fence, lease_id=message.lease_id)
+        grant = Grant(member=member, round=message.round, request=message.request, interval=answer.interval)
+        if grant not in machine.granted:
+            raise Broken("L6 a grant is journaled before it leaves", f"{asker} got {answer.interval}")
         if book.job_epoch < self._chain_epoch:
             return  # it has been deposed and is about to find out: nothing under its epoch counts
         # It took effect when it was granted; the round may have closed while the journal was written.
@@ -281,7 +326,7 @@ class Invariants:
         members = [self._members.get((book.job_epoch, number), ()) for number in (first, message.round)]
         if message.job_epoch != book.job_epoch or not any(member in each for each in members):
             raise Broken("L2 who is no member gets no samples", f"{asker} got some in round {message.round}")
-        if twice := self._reference.used_of(answer.interval):
+        if twice := self.reference.used_of(answer.interval):
             raise Broken("L6 a used sample is not granted", f"{twice[:4]} of epoch {answer.interval.epoch} again")
 
     def _look_at_view(self, answerer: str, view: RoundView) -> None:
@@ -293,48 +338,8 @@ class Invariants:
                 raise Broken("L2 views never go back", f"{answerer} took {view.job_epoch}.{view.view} after {seen}")
             self._seen_view[executor.what.lease_id] = (view.job_epoch, view.view)
 
-    # --- at the end -----------------------------------------------------------------------------------------------
-
-    def at_the_end(self) -> None:
-        """The job has finished and everybody had time to clear up."""
-        try:
-            self._look_over()
-        except Broken as broken:
-            self._cluster._break(broken.invariant, broken.how)
-
-    def _look_over(self) -> None:
-        scenario, reference = self._cluster.scenario, self._reference
-        finished = next(machine for machine in self._cluster.schedulers if machine.finished.is_set())
-        assert finished.scheduler is not None
-        assert finished.scheduler.coordinator is not None
-        book = finished.scheduler.coordinator.book
+    def of_the_whole_chain(self) -> Reference:
+        """Look at the chain once more, and return what it comes to."""
         self._operations = -1
         self._check_chain()
-        if reference.round != scenario.rounds:
-            raise Broken("the job finishes", f"{reference.round} of {scenario.rounds} rounds are in the chain")
-        if scenario.flavour == "calm" and self._cluster.chronicle.warnings:
-            raise Broken("a calm run has no warnings", self._cluster.chronicle.warnings[0])
-        for shard, digest in enumerate(reference.model_digests):
-            self._look_over_model(Artifact(kind=kind_of("model", shard), round=reference.round, digest=digest))
-        if book.samples != reference.samples:
-            raise Broken("L6 samples", f"{book.samples} counted, {reference.samples} in the chain")
-        self._look_over_workers()
-
-    def _look_over_model(self, final: Artifact) -> None:
-        with unseen(self._cluster.store):
-            if final.name not in self._objects.names(final.kind):
-                raise Broken("the final model is stored", f"{final.name} is not there")
-            try:
-                Blobs(self._objects).verify(final)
-            except StoreError as error:
-                if not self._cluster.decayed:
-                    raise Broken("the final model is stored", str(error)) from error
-
-    def _look_over_workers(self) -> None:
-        for machine in self._cluster.workers:
-            if machine.left_behind():
-                raise Broken("nothing is left behind", f"{machine.name} has {machine.left_behind()}")
-            if machine.is_up and machine.executors():
-                raise Broken("nothing is left running", f"{machine.name}: {sorted(machine.work())}")
-            if machine.is_up and machine.worker is not None and machine.worker.ledger.leases(machine.runtime.now()):
-                raise Broken("L3 every lease is freed", f"{machine.name} still has leases after the job")
+        return self.reference

@@ -17,14 +17,16 @@ from hypha import gateway
 from hypha.data_node import DataNode, open_datasets
 from hypha.errors import StoreError
 from hypha.network.seam import Network
+from hypha.protocol.manifest import RoundCommitted
 from hypha.protocol.resources import Resources
+from hypha.protocol.slices import Grant
 from hypha.scheduler.config import Config as SchedulerConfig
 from hypha.scheduler.coordinator import Coordinator
 from hypha.scheduler.hold import Hold
 from hypha.scheduler.place import Place
-from hypha.scheduler.records import Excluded, JobOpened, Record
+from hypha.scheduler.records import Excluded, Granted, JobOpened, Record
 from hypha.scheduler.service import Scheduler
-from hypha.scheduler.store import JobStore
+from hypha.scheduler.store import Deposed, JobStore
 from hypha.store.fences import FILE_NAME as FENCES_FILE
 from hypha.store.fences import FenceFile
 from hypha.store.memory_disk import Fault, MemoryDisk
@@ -223,6 +225,8 @@ class WatchedScheduler(Scheduler):
     on_open: Callable[[list[Record]], None]
     on_write: Callable[[], None]
     on_record: Callable[[Record], None]
+    on_commit: Callable[[], None]
+    on_conflict: Callable[[], None]
 
     def _coordinator(self, *arguments: Any, **named: Any) -> Coordinator:
         self.coordinator = super()._coordinator(*arguments, **named)
@@ -238,8 +242,25 @@ class WatchedScheduler(Scheduler):
             for record in records:
                 self.on_record(record)
 
+        self._watch_commits(store)
         store.note = noted  # type: ignore[method-assign]
         await super()._run_job(store, *arguments)
+
+    def _watch_commits(self, store: JobStore) -> None:
+        round_entry, commit = store.round_entry, store.commit
+
+        def made(*about: Any, **named: Any) -> RoundCommitted:
+            self.on_commit()
+            return round_entry(*about, **named)
+
+        def committed(entry: RoundCommitted) -> None:
+            try:
+                commit(entry)
+            except Deposed:
+                self.on_conflict()
+                raise
+
+        store.round_entry, store.commit = made, committed  # type: ignore[method-assign]
 
 
 class SchedulerMachine(Machine):
@@ -257,7 +278,10 @@ class SchedulerMachine(Machine):
         self.acknowledged: list[Record] = []
         self.lost: str | None = None  # of what its journal had acknowledged
         self.excluded: set[tuple[str, int, int]] = set()  # (peer, fence, round), durably
+        self.granted: set[Grant] = set()  # durably
         self.on_turn: Callable[[], None] = lambda: None
+        self.on_commit: Callable[[], None] = lambda: None  # an outer step's entry is made next
+        self.on_conflict: Callable[[], None] = lambda: None  # it cannot be: another made one of that number
         self.keep_objects_on(self.disk)
 
     def keep_objects_on(self, disk: MemoryDisk) -> None:
@@ -281,6 +305,7 @@ class SchedulerMachine(Machine):
         """Its journal is gone; the job's store is elsewhere."""
         super().wipe()
         self.acknowledged.clear()
+        self.granted.clear()
         self.objects.shelf.mkdir()
 
     def _opened(self, records: list[Record]) -> None:
@@ -297,8 +322,11 @@ class SchedulerMachine(Machine):
 
     def _noted(self, record: Record) -> None:
         self.acknowledged.append(record)
-        if isinstance(record, Excluded):
-            self.excluded.add((record.exclude.peer_id, record.exclude.fence, record.exclude.round))
+        match record:
+            case Excluded(exclude=exclude):
+                self.excluded.add((exclude.peer_id, exclude.fence, exclude.round))
+            case Granted(grant=grant):
+                self.granted.add(grant)
 
     def clear_shelf(self) -> None:
         """Have what is sent read from the store again."""
@@ -323,6 +351,7 @@ class SchedulerMachine(Machine):
         self.scheduler = WatchedScheduler(network, runtime, self.config, place)
         self.scheduler.on_open, self.scheduler.on_record = self._opened, self._noted
         self.scheduler.on_write = self._writes
+        self.scheduler.on_commit, self.scheduler.on_conflict = self.on_commit, self.on_conflict
         await self.scheduler.run()
         self.finished.set()
 

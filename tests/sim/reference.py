@@ -29,6 +29,7 @@ class Reference:
         shards: int = 1,
     ) -> None:
         self.round = 0
+        self.digests: dict[int, str] = {}  # of the model after each committed round, whole
         self.samples = 0
         self.epochs = 0
         self._sizes = sizes
@@ -60,6 +61,7 @@ class Reference:
         gradient, moved = weights.mean(named), self._fragments.of(merged.round)
         self._theta, self._velocity, update = weights.step(self._theta, self._velocity, gradient, self._outer, moved)
         self.round = merged.round
+        self.digests[merged.round] = whole_digest(self.model_digests, sha256)
         made = {
             "model": (self._theta, weights.SHAPES),
             "momentum": (self._velocity, weights.SHAPES),

@@ -85,7 +85,7 @@ def draw(seed: int) -> Scenario:
         rounds=chance.randint(4, 7),
         samples=chance.choice((32, 64, 96)),
         slices=flavours.slices(flavour, chance),
-        quorum=min(trainers, chance.choice((1, 1, 2))),
+        quorum=min(trainers, chance.choice((1, 2, trainers))),
         deadline_s=chance.choice((10.0, 20.0)),
         ttl_s=ttl_s,
         evaluate_every=chance.choice((0, 1, 2)),

@@ -9,8 +9,8 @@ from pathlib import Path
 import trio
 from msgspec import Struct
 
+from tests.sim.broken import Broken
 from tests.sim.cluster import Cluster
-from tests.sim.invariants import Broken
 from tests.sim.scenario import Scenario
 from tests.sim.virtual import run_seeded
 

@@ -67,15 +67,19 @@ class Strikes:
 
     async def _moment(self, target: str) -> list[Machine]:
         """Wait for whoever is next in the midst of it."""
-        happened, names = trio.Event(), list[str]()
-        self._moments[target].append((happened, names))
+        waiting = happened, names = trio.Event(), list[str]()
+        self._moments[target].append(waiting)
         with trio.move_on_after(MOMENT_S):
             await happened.wait()
+        if not happened.is_set():  # nobody is to be stopped for it any more
+            self._moments[target].remove(waiting)
         machines = [self._cluster.machines[name] for name in names]
         return [machine for machine in machines if machine.is_up]
 
     def happens(self, moment: str, name: str) -> None:
         """Somebody is in the midst of it now."""
+        if moment == "committer" and self._moments[moment]:
+            self._cluster.fabric.stop(name)  # at once: what comes next takes no time
         for happened, names in self._moments[moment]:
             names.append(name)
             happened.set()

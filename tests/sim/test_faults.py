@@ -45,6 +45,26 @@ def test_a_dead_scheduler_adopts_its_workers_when_it_is_back(tmp_path):
     assert "lease expired at its grantor" not in report.situations
 
 
+def test_nobody_is_moved_by_what_a_dead_scheduler_is_heard_to_say(tmp_path):
+    report = run(tmp_path, Fault(at_s=AT_S, kind="echo-scheduler", for_s=1.6))
+    assert report.situations["adopted lease"] == 4
+    assert report.situations["stale view refused"] >= 4
+    assert happened(report, "RenewLease echo", "arrived")
+    assert "worker lost" not in report.situations
+
+
+def test_echoes_of_renewals_keep_no_lease_alive(tmp_path):
+    report = run(tmp_path, Fault(at_s=AT_S, kind="echo-scheduler", for_s=12.0))
+    assert report.situations["lease expired at its grantor"] == 4
+
+
+def test_whoever_wakes_in_the_midst_of_a_commit_finds_the_entry_taken(tmp_path):
+    fault = Fault(at_s=AT_S, kind="pause-committer", for_s=9.0, pick=0.9)
+    report = run(tmp_path, fault, standby=True, deadline_s=10.0)
+    assert report.situations["entry of the chain lost to another"] >= 1
+    assert report.situations["deposed scheduler"] == 1
+
+
 def test_workers_stop_when_their_scheduler_stays_away(tmp_path):
     report = run(tmp_path, Fault(at_s=AT_S, kind="crash-scheduler", for_s=20.0))
     assert report.situations["lease expired at its grantor"] == 4
