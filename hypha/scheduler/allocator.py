@@ -154,6 +154,10 @@ class Allocator:
         """Whether a worker has offered this work before, to this incarnation."""
         return work in self._able.get(peer_id, frozenset())
 
+    def knows(self, peer_id: str) -> bool:
+        """Whether a worker has offered anything to this incarnation: one that was adopted has had no reason to."""
+        return peer_id in self._able
+
     def _note_able(self, peer_id: str, works: set[Work]) -> None:
         self._able[peer_id] = self._able.pop(peer_id, frozenset()) | works
         while len(self._able) > ABLE_MAX:

@@ -183,7 +183,7 @@ class Crew:
         servers = sum(worker.work == "aggregate" for worker in self._pool.live())
         serves = servers >= self._resources.parameter_servers
         self._serverless = 0 if serves or not self._started else self._serverless + 1
-        able = [w for w in self._training() if self._allocator.able(w.member.peer_id, "aggregate")]
+        able = self._could_serve()
         if self._serverless < SERVERLESS_MAX or not able:
             return False
         before = len(self._training())
@@ -195,6 +195,15 @@ class Crew:
         self._serverless = 0
         self._job.replace(freed, "no other worker can be the parameter server")
         return True
+
+    def _could_serve(self) -> list[LeasedWorker]:
+        """Who trains and has offered to serve; after them those adopted, who would say it once they are free.
+
+        One of these that cannot serve has offered less than that by then, and is not let go a second time.
+        """
+        peers = [(worker, worker.member.peer_id) for worker in self._training()]
+        able = [worker for worker, peer_id in peers if self._allocator.able(peer_id, "aggregate")]
+        return able + [worker for worker, peer_id in peers if not self._allocator.knows(peer_id)]
 
     def _training(self) -> list[LeasedWorker]:
         return [worker for worker in self._pool.live() if worker.work == "train"]
