@@ -5,8 +5,8 @@
               └ first samples of r+1 asked for                     and at push r+1 at the latest, which waits for it
 
 The round after the open one begins with the push, so what must be kept to go back to it, the own parameters and the
-inner state, is kept then. Its base comes later; only then it is kept as a round like any other. Whatever else happens
-before that (another view, a refusal, an update that was not taken) ends the run ahead: the executor is again where the
+inner state, is kept then. Its base comes later, written by a thread; only then it is kept as a round like any other.
+Whatever else happens before that (another view, a refusal, an update that was not taken) ends the run ahead: the executor is again where the
 push left it, and goes on as one that waits.
 """
 
