@@ -6,8 +6,8 @@
 
 The round after the open one begins with the push, so what must be kept to go back to it, the own parameters and the
 inner state, is kept then. Its base comes later, written by a thread; only then it is kept as a round like any other.
-Whatever else happens before that (another view, a refusal, an update that was not taken) ends the run ahead: the executor is again where the
-push left it, and goes on as one that waits.
+Whatever else happens before that (another view, a refusal, an update that was not taken) ends the run ahead: the
+executor is again where the push left it, and goes on as one that waits.
 """
 
 from pathlib import Path
