@@ -9,7 +9,8 @@
 One system at a time, on each point one after the other; fp32, the same bytes. The first round warms up; figures are
 ratios of medians. Processor seconds are of all processes of a system, and tell more than seconds on a busy machine.
 `--megabits 1000`: the product alone, every worker behind a link of that speed, beside bytes ÷ bandwidth (outer_links).
-`--points 2x25,8x400` chooses, `--repetitions`, `--work DIR` says where files of the product's nodes go.
+`--points 2x25,8x400` chooses, `--points all` takes those with 400 MB and eight times 100 MB as well, which are left out
+otherwise because they take most of an hour; `--repetitions`, `--work DIR` says where files of the product's nodes go.
 """
 
 import argparse
@@ -34,7 +35,8 @@ from benchmarks.outer_peers import rounds_of
 from benchmarks.outer_watch import Watch
 from benchmarks.report import Figure, print_report
 
-POINTS = "2x25,4x25,8x25,2x100,4x100,8x100,2x400,4x400,8x400"
+POINTS = "2x25,4x25,8x25,2x100,4x100"
+ALL = f"{POINTS},8x100,2x400,4x400,8x400"
 SYSTEMS = ("hypha", "hivemind", "flower", "torchft")
 FASTER_THAN = ("hivemind", "flower")
 REPETITIONS = 3
@@ -181,14 +183,15 @@ def _beside(name: str, ours: dict[str, Any], other: str, theirs: dict[str, Any])
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", default=POINTS, help="workers x MB, comma between")
+    parser.add_argument("--points", default=POINTS, help="workers x MB, comma between; or all")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--megabits", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that no node outlives this
-    points = [(int(left), int(right)) for left, right in (each.split("x") for each in given.points.split(","))]
+    chosen = ALL if given.points == "all" else given.points
+    points = [(int(left), int(right)) for left, right in (each.split("x") for each in chosen.split(","))]
     empty = measured((2, EMPTY_MEGABYTES), "hypha", given.work, 1) if "hypha" in given.systems else {"peak_mib": 0.0}
     systems = ["hypha"] if given.megabits else given.systems.split(",")
     found = run(points, systems, given.work, given.repetitions, given.megabits)

@@ -287,6 +287,18 @@ class Screened(BridgeMessage, frozen=True, kw_only=True):
     refusal: Reason | None = None
 
 
+class UpdateMade(BridgeMessage, frozen=True, kw_only=True):
+    """First part of the answer to Merge: what is subtracted, and the digest of the model that it leads to.
+
+    It may be sent to those who train; MergeDone follows, with the same update.
+    """
+
+    round: Count
+    close: Count
+    model_digest: Digest
+    update: FileRef
+
+
 class MergeDone(BridgeMessage, frozen=True, kw_only=True):
     """Answer to Merge: the new model and momentum, the merged pseudo-gradient, and what was subtracted."""
 
@@ -322,7 +334,17 @@ class ExecutorFailed(BridgeMessage, frozen=True, kw_only=True):
     reason: Reason
 
 
-Report = TrainProgress | BaseReady | StateReady | Screened | MergeDone | MergeFailed | EvaluationDone | ExecutorFailed
+Report = (
+    TrainProgress
+    | BaseReady
+    | StateReady
+    | Screened
+    | UpdateMade
+    | MergeDone
+    | MergeFailed
+    | EvaluationDone
+    | ExecutorFailed
+)
 
 
 class GoOn(BridgeMessage, frozen=True, kw_only=True):

@@ -318,6 +318,10 @@ class Collector:
             drop=drop,
         )
 
+    def awaits(self, round: int, close: int) -> bool:
+        """Whether the outcome of this plan is awaited: no later Close has overtaken it, and it has none yet."""
+        return self._planned(round, close) is not None
+
     def merge_done(self, merged: Merged) -> bool:
         """Take the outcome of a plan; False when a later Close has overtaken it and it means nothing."""
         generation = self._planned(merged.round, merged.close)

@@ -1,7 +1,8 @@
 """The parameter server's executor: `python -m hypha.training.aggregate --socket S --work-dir W --job J`.
 
     StateReady(r) ─▶ ┌─ Screen(update) ─▶ Screened ──────────────────────┐
-                     ├─ Merge(r+1, close, inputs) ─▶ MergeDone(θ, v, Δ̄, U)│ from the state of round r, every time
+                     ├─ Merge(r+1, close, inputs) ─▶ UpdateMade(U)        │ from the state of round r, every time
+                     │                            └─▶ MergeDone(θ, v, Δ̄, U)│
                      ├─ RoundCommitted(r+1) ─▶ r+1 is the state ──────────┤
                      └─ Stop ─▶ exit 0                                    ┘
 
@@ -32,6 +33,7 @@ from hypha.protocol.bridge import (
     Screened,
     StateReady,
     Stop,
+    UpdateMade,
 )
 from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import JobSpec
@@ -142,7 +144,7 @@ class Aggregator:
             raise RemoteProtocolError(f"base {event.base_digest} is not ours, {self.state.model.digest}")
         self._drop_outcome()
         outs = self._outs(event.round, event.close)
-        stepped = outer.step(
+        step = outer.Step(
             outs,
             model=self.work_dir / self.state.model.path,
             momentum=self.work_dir / self.state.momentum.path,
@@ -155,8 +157,13 @@ class Aggregator:
             downward=self.job.compression.downward,
             fragment=self.fragments.of(event.round),
         )
+        made = step.make()
+        update = made.update.ref(self.work_dir)
+        files = self.files.setdefault(event.round, set())
+        files.update(str(path.relative_to(self.work_dir)) for path in outs.values())
+        self._report(UpdateMade(round=event.round, close=event.close, model_digest=made.model_digest, update=update))
+        stepped = tensors.aside(lambda: step.keep(made)).result()
         refs = {part: getattr(stepped, part).ref(self.work_dir) for part in outer.PARTS}
-        self.files.setdefault(event.round, set()).update(ref.path for ref in refs.values())
         return MergeDone(round=event.round, close=event.close, update_norm=stepped.update_norm, **refs)
 
     def commit(self, event: RoundCommitted) -> None:

@@ -19,7 +19,7 @@ from hypha.training.inner import Inner
 class Kept:
     """One uncommitted round as this executor has it."""
 
-    base: tuple[Path, ...]  # by shard
+    base: Sequence[Path]  # by shard
     digest: str
     inner: Inner  # at the round's beginning
     update: SendUpdate | None = None

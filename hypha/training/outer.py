@@ -7,7 +7,8 @@
 Everything is fp32 on the CPU with every multiply and every add rounded by itself: no fused multiply-add, so no `alpha=`
 and no `addcmul`. One kernel's contraction would change the last bit from machine to machine, and records replayed
 elsewhere would not give the committed model. All files are walked together in pieces of a tensor: a merge needs the
-memory of a dozen pieces, however large the model and however many the workers.
+memory of a dozen pieces, however large the model and however many the workers. A step walks twice (`Step`): once for
+what the workers wait for, U and the digest of θ', and for Δ̄; then for v' and θ', while U travels.
 
 Where updates are coded (hypha.protocol.compression), U is what the coded file decodes to, here as at the workers. What
 coding lost is owed: with a coding that wants feedback it is added to the next U, and until then lies beside the
@@ -18,8 +19,8 @@ tensors of one; model and momentum stay whole, and what is not of the fragment i
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from hypha.errors import RemoteProtocolError
 from hypha.protocol.compression import PLAIN, Coding
 from hypha.protocol.job import OuterOptimizer
 from hypha.training.coded import CodedReader, CodedWriter, Generators
-from hypha.training.tensors import Piece, Reader, Shapes, Writer, Written, is_finite, mismatch, pieces_of
+from hypha.training.tensors import Digester, Piece, Reader, Shapes, Writer, Written, is_finite, mismatch, pieces_of
 
 PARTS = ("model", "momentum", "record", "update")
 
@@ -127,6 +128,19 @@ def subtract(
         return file.finish()
 
 
+def load(parameters: Mapping[str, torch.Tensor], base: Path, update: Path, *, coding: Coding = PLAIN) -> str:
+    """Give parameters the values θ' = θ − U, and return the digest of the file that `subtract` would write."""
+    model = Reader(base)
+    shapes = model.layout.shapes()
+    change, digest = _coded(update, shapes, coding, "update"), Digester(shapes)
+    with torch.no_grad():
+        for piece in model.pieces():
+            after = model.part(piece) - change.part(piece)
+            digest.append(after)
+            piece.put(parameters[piece.name], after)
+    return digest.finish()
+
+
 def _moved(shapes: Shapes, fragment: Collection[str] | None) -> Shapes:
     return shapes if fragment is None else {name: shape for name, shape in shapes.items() if name in fragment}
 
@@ -137,6 +151,98 @@ def zeros(out: Path, shapes: Shapes) -> Written:
         for name in file.names:
             file.append(torch.zeros(shapes[name]))
         return file.finish()
+
+
+class Made(Struct, frozen=True):
+    """The first part of an outer step: U, the digest that θ' will have, Δ̄, and the Euclidean norm of U."""
+
+    update: Written
+    model_digest: str
+    record: Written
+    update_norm: float
+
+
+class Step:
+    """One outer step in two parts: `make` what the workers wait for, then `keep` the state that follows from it."""
+
+    def __init__(
+        self,
+        outs: Mapping[str, Path],
+        *,
+        model: Path,
+        momentum: Path,
+        shares: Sequence[Share],
+        outer: OuterOptimizer,
+        upward: Coding = PLAIN,
+        downward: Coding = PLAIN,
+        fragment: Collection[str] | None = None,
+    ) -> None:
+        """Merge contributions, coded `upward`, and take one outer step; `outs` names the four files by PARTS.
+
+        The update is written as `downward` codes it. `fragment`: names of the tensors that are moved, None for all.
+        Raises RemoteProtocolError: nothing to merge, or wrong tensors.
+        """
+        counted = [share for share in shares if share.samples > 0]
+        if not counted:
+            raise RemoteProtocolError("a total weight of zero is not a step")
+        self._outs, self._outer, self._downward = outs, outer, downward
+        self._theta = Reader(model)
+        self._shapes = self._theta.layout.shapes()
+        self._moved = _moved(self._shapes, fragment)
+        self._velocity = Velocity(momentum, self._shapes)
+        self._deltas = [
+            (_coded(share.path, self._moved, upward, f"contribution of {share.name}"), share.samples)
+            for share in counted
+        ]
+        self._samples = sum(share.samples for share in counted)
+
+    def make(self) -> Made:
+        """Write U and Δ̄. Raises RemoteProtocolError: the result is not finite. Then neither file is left."""
+        squares, digest = 0.0, Digester(self._shapes)
+        with (
+            CodedWriter(self._outs["update"], self._moved, self._downward) as sent,
+            Writer(self._outs["record"], self._moved) as record,
+        ):
+            for piece in self._theta.pieces():
+                before = self._theta.part(piece)
+                if piece.name not in self._moved:
+                    digest.append(before)
+                    continue
+                gradient = mean(((file.part(piece), count) for file, count in self._deltas), samples=self._samples)
+                speed, update = self._nesterov(piece, gradient)
+                applied = sent.append(piece, update)
+                after = before - applied
+                if not (is_finite(after) and is_finite(speed)):
+                    raise RemoteProtocolError(f"the outer step makes tensor {piece.name!r} not finite")
+                digest.append(after)
+                record.append(gradient)
+                squares += float(torch.linalg.vector_norm(applied)) ** 2
+            return Made(sent.finish(), digest.finish(), record.finish(), math.sqrt(squares))
+
+    def keep(self, made: Made) -> Stepped:
+        """Write θ' and v', which follow from what `make` wrote: contributions are not needed any more."""
+        feedback, held = self._downward.feedback, pairs(self._shapes) if self._downward.feedback else self._shapes
+        sent, record = _coded(made.update.path, self._moved, self._downward, "update"), Reader(made.record.path)
+        with Writer(self._outs["model"], self._shapes) as model, Writer(self._outs["momentum"], held) as momentum:
+            for piece in self._theta.pieces():
+                before = self._theta.part(piece)
+                if piece.name not in self._moved:
+                    model.append(before)
+                    momentum.append(self._velocity.as_is(piece, owing=feedback))
+                    continue
+                applied = sent.part(piece)
+                model.append(before - applied)
+                speed, update = self._nesterov(piece, record.part(piece))
+                momentum.append(paired(speed, update - applied) if feedback else speed)
+            return Stepped(model.finish(), momentum.finish(), made.record, made.update, made.update_norm)
+
+    def _nesterov(self, piece: Piece, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return v' and U before it is coded, with what is owed where that is wanted."""
+        speed, owed = self._velocity.part(piece)
+        speed, update = nesterov(speed, gradient, self._outer)
+        if owed is not None and self._downward.feedback:
+            update += owed
+        return speed, update
 
 
 def step(
@@ -150,42 +256,18 @@ def step(
     downward: Coding = PLAIN,
     fragment: Collection[str] | None = None,
 ) -> Stepped:
-    """Merge contributions, coded `upward`, and take one outer step; `outs` names the four files by PARTS.
-
-    The update is written as `downward` codes it. `fragment`: names of the tensors that are moved, None for all.
-    Raises RemoteProtocolError: nothing to merge, wrong tensors, or a result that is not finite. Then no file is left.
-    """
-    counted = [share for share in shares if share.samples > 0]
-    if not counted:
-        raise RemoteProtocolError("a total weight of zero is not a step")
-    theta = Reader(model)
-    shapes = theta.layout.shapes()
-    moved = _moved(shapes, fragment)
-    velocity = Velocity(momentum, shapes)
-    deltas = [(_coded(share.path, moved, upward, f"contribution of {share.name}"), share.samples) for share in counted]
-    samples = sum(share.samples for share in counted)
-    squares = 0.0
-    with _outputs(outs, shapes, moved, downward) as (files, sent):
-        for piece in theta.pieces():
-            if piece.name not in moved:
-                files["model"].append(theta.part(piece))
-                files["momentum"].append(velocity.as_is(piece, owing=downward.feedback))
-                continue
-            gradient = mean(((file.part(piece), count) for file, count in deltas), samples=samples)
-            speed, owed = velocity.part(piece)
-            speed, update = nesterov(speed, gradient, outer)
-            if owed is not None and downward.feedback:
-                update += owed
-            applied = sent.append(piece, update)
-            after = theta.part(piece) - applied
-            if not (is_finite(after) and is_finite(speed)):
-                raise RemoteProtocolError(f"the outer step makes tensor {piece.name!r} not finite")
-            files["model"].append(after)
-            files["momentum"].append(paired(speed, update - applied) if downward.feedback else speed)
-            files["record"].append(gradient)
-            squares += float(torch.linalg.vector_norm(applied)) ** 2
-        written = {part: file.finish() for part, file in files.items()}
-        return Stepped(**written, update=sent.finish(), update_norm=math.sqrt(squares))
+    """Take a whole `Step`. Raises RemoteProtocolError: see there. Then no file is left."""
+    taken = Step(
+        outs,
+        model=model,
+        momentum=momentum,
+        shares=shares,
+        outer=outer,
+        upward=upward,
+        downward=downward,
+        fragment=fragment,
+    )
+    return taken.keep(taken.make())
 
 
 class Velocity:
@@ -226,16 +308,6 @@ def _coded(path: Path, shapes: Shapes, coding: Coding, what: str) -> CodedReader
         return CodedReader(path, shapes, coding)
     except RemoteProtocolError as error:
         raise RemoteProtocolError(f"{what}: {error}") from error
-
-
-@contextmanager
-def _outputs(
-    outs: Mapping[str, Path], shapes: Shapes, moved: Shapes, downward: Coding
-) -> Iterator[tuple[dict[str, Writer], CodedWriter]]:
-    held = {"model": shapes, "momentum": pairs(shapes) if downward.feedback else shapes, "record": moved}
-    with ExitStack() as stack:
-        files = {part: stack.enter_context(Writer(outs[part], held[part])) for part in PARTS if part in held}
-        yield files, stack.enter_context(CodedWriter(outs["update"], moved, downward))
 
 
 def replay(

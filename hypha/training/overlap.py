@@ -10,6 +10,7 @@ Whatever else happens before that (another view, a refusal, an update that was n
 executor is again where the push left it, and goes on as one that waits.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -42,7 +43,7 @@ class Overlapping(Trainer):
         self._starving = False
         self._asked_at = -1  # in inner steps
         self._unusable = False
-        self._moving: tuple[UpdateArrived, Call[tuple[Path, ...]]] | None = None  # the next base is being written
+        self._moving: tuple[UpdateArrived, Call[Sequence[Path]]] | None = None  # the next base is being written
 
     def act(self, move: standing.Move) -> None:
         """Make a move, unless the answer to an update asks for another."""
@@ -181,7 +182,7 @@ class Overlapping(Trainer):
             return False
         return not self._join(arrived)
 
-    def _written(self, arrived: UpdateArrived) -> tuple[Path, ...]:
+    def _written(self, arrived: UpdateArrived) -> Sequence[Path]:
         moving, self._moving = self._moving, None
         if moving is not None and moving[0] == arrived:
             return moving[1].result()

@@ -14,12 +14,14 @@ piece is computed meanwhile: what is given to a writer must not change before `f
 import math
 import mmap
 import os
+import sys
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Self, TypeVar, cast
 
 import torch
 from blake3 import blake3
@@ -31,13 +33,34 @@ from hypha.protocol.compression import PLAIN
 from hypha.protocol.tensorfile import LENGTH_BYTES, Layout, TensorSpec, header_length, layout, parse_header
 
 Shapes = Mapping[str, tuple[int, ...]]
+T = TypeVar("T")
 
-# 2 MiB of fp32: the dozen pieces of a merge stay in the processor's cache, whatever the largest tensor.
-PIECE_ELEMENTS = 1 << 19
+# 1 MiB of fp32: the dozen pieces of a merge stay in the processor's cache, whatever the largest tensor. Twice as much
+# costs a merge twice the time: memory for it is given back to the kernel and cleared again with every piece.
+PIECE_ELEMENTS = 1 << 18
 # Pieces of one file on their way to the disk: enough that neither thread waits for every single piece of the other.
 PIECES_BEHIND_MAX = 2
 # One for all files: what a step gives to its four files is still in the cache when its turn comes.
 _BEHIND = ThreadPoolExecutor(1, thread_name_prefix="tensors-writer")
+# What can wait, in a thread that leaves the processor to whoever cannot: it gets a third where all want the same core.
+_ASIDE_NICENESS = 5
+_here = threading.local()
+
+
+def _yield_to_others() -> None:
+    if sys.platform == "linux":  # elsewhere a thread has no niceness of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _ASIDE_NICENESS)
+    _here.aside = True  # what is written there is written by that very thread
+
+
+_ASIDE = ThreadPoolExecutor(1, thread_name_prefix="tensors-aside", initializer=_yield_to_others)
+
+
+def aside(work: Callable[[], T]) -> Future[T]:
+    """Do this in a thread of low priority, after what was given before."""
+    return _ASIDE.submit(work)
+
+
 # Canonical files place fp32 on multiples of it; a tensor that begins elsewhere is copied to where numbers may lie.
 WORD_BYTES = 4
 
@@ -52,6 +75,15 @@ class Piece(Struct, frozen=True):
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """These elements of a tensor, flat, fp32 on the CPU."""
         return tensor.detach().reshape(-1)[self.start : self.stop].to("cpu", torch.float32)
+
+    def put(self, tensor: torch.Tensor, elements: torch.Tensor) -> None:
+        """Give these elements of a tensor other values."""
+        if tensor.is_contiguous():
+            tensor.detach().view(-1)[self.start : self.stop].copy_(elements)
+        else:  # no flat view of it exists
+            flat = tensor.detach().reshape(-1)
+            flat[self.start : self.stop] = elements
+            tensor.detach().copy_(flat.view(tensor.shape))
 
 
 class Written(Struct, frozen=True):
@@ -129,6 +161,9 @@ class FileWriter:
         return Written(self.path, self._layout.file_bytes, self._hash.hexdigest())
 
     def _put(self, data: memoryview) -> None:
+        if getattr(_here, "aside", False):
+            self._write(data)
+            return
         while len(self._behind) >= PIECES_BEHIND_MAX:
             self._behind.popleft().result()
         self._behind.append(_BEHIND.submit(self._write, data))
@@ -141,6 +176,30 @@ class FileWriter:
                 data = data[self._file.write(data) :]
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}") from error
+
+
+class Digester:
+    """Takes the digest of a file of fp32 tensors without writing it, behind whoever computes them."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        header, _ = layout(TensorSpec(name, "F32", shape) for name, shape in shapes.items())
+        self._hash = blake3(header)
+        self._behind: deque[Future[None]] = deque()
+
+    def append(self, elements: torch.Tensor) -> None:
+        """Take in what follows in file order; it must not change before `finish`."""
+        while len(self._behind) >= PIECES_BEHIND_MAX:
+            self._behind.popleft().result()
+        self._behind.append(_BEHIND.submit(self._take, _bytes_of(elements)))
+
+    def finish(self) -> str:
+        """Return the digest that the file would have."""
+        while self._behind:
+            self._behind.popleft().result()
+        return self._hash.hexdigest()
+
+    def _take(self, data: memoryview) -> None:
+        self._hash.update(data)
 
 
 class Writer(FileWriter):

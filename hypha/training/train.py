@@ -129,7 +129,6 @@ class Trainer:
             # A close of an earlier round is applied to the state that followed that round's inner steps.
             if after is not None:
                 self.inner.restore(after.inner)
-            tensors.load_parts(moved, self.parameters)
         else:
             # What was trained and not contributed is void: its samples are others' now.
             if arrived.round != self.here or not kept.contributed:
@@ -139,30 +138,30 @@ class Trainer:
         self.kept.forget(arrived.round - 1, here=self.here)
         return self._stand(arrived.round + 1, moved, arrived.model_digest, own)
 
-    def _moved(self, arrived: UpdateArrived) -> tuple[Path, ...]:
+    def _moved(self, arrived: UpdateArrived) -> Sequence[Path]:
         """Use up an outer update: return the base it leads to; nothing where that is not the parameter servers'."""
         del self.outlook.updates[arrived.round]
         moved = self._written(arrived)
         remove(self.work_dir / file.path for file in arrived.files)
         return moved
 
-    def _written(self, arrived: UpdateArrived) -> tuple[Path, ...]:
-        """Write the base that an outer update leads to, by shard; nothing where it leads elsewhere. Files only."""
+    def _written(self, arrived: UpdateArrived) -> Sequence[Path]:
+        """Write the base that an outer update leads to, by shard; nothing where it leads elsewhere."""
         updates, fragment = [self.work_dir / file.path for file in arrived.files], self.fragments.of(arrived.round)
         begins = self.work_dir / f"model-{arrived.round}-{arrived.close}-"
         results = tuple(Path(f"{begins}{part[:8]}.safetensors") for part in arrived.parts)
         with span_from(arrived.traceparent, "outer_update", round=arrived.round, close=arrived.close) as span:
             try:
                 bases, coding = self.kept[arrived.round].base, self.job.compression.downward
-                written = shares.subtract(results, bases, updates, coding=coding, fragment=fragment)
+                into, parts = self.parameters if self.job.streaming.plain else None, arrived.parts
+                moved = shares.move(results, bases, updates, parts, coding=coding, fragment=fragment, into=into)
             except RemoteProtocolError as error:
                 span.fail(error)
                 log.warn("Outer update is unusable, fetching the model", round=arrived.round, reason=str(error))
                 return ()
-            if tuple(each.digest for each in written) != arrived.parts:
+            if not moved:
                 log.warn("Outer update leads elsewhere, fetching the model", round=arrived.round)
-                return ()
-            return results
+            return moved
 
     def go_back(self, round_: int) -> None:
         """Stand on a kept base again: its round is open again, and what came after it is void."""
@@ -197,12 +196,12 @@ class Trainer:
         if kept.local is not None:
             self._mix(kept.base, round_ - 1)
 
-    def _mix(self, base: tuple[Path, ...], round_: int) -> None:
+    def _mix(self, base: Sequence[Path], round_: int) -> None:
         """Take over what a round synchronised, as far as the job wants."""
         fragment = self.fragments.of(round_)
         local.mix(self.parameters, base, fragment=fragment, weight=self.job.streaming.mixing)
 
-    def _stand(self, round_: int, base: tuple[Path, ...], digest: str, own: Path | None = None) -> None:
+    def _stand(self, round_: int, base: Sequence[Path], digest: str, own: Path | None = None) -> None:
         """Begin a round with the parameters as they are."""
         inner = self.inner.save(self.work_dir / f"inner-{round_}.safetensors")
         fragment = self.job.streaming.turn(round_)

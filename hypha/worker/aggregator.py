@@ -2,7 +2,7 @@
 
 workers ── PushUpdate ──▶ spool ── Screen ──▶ executor ── Screened ──▶ held ── Collected ──▶ scheduler
 scheduler ── CloseRound ──▶ Merge ──▶ executor ── MergeDone ──▶ Merged ──▶ scheduler
-                                                      └── OuterUpdate ──▶ every member and follower
+                            └── UpdateMade ──▶ OuterUpdate ──▶ every member and follower
 anyone in the job ── FetchModel ──▶ model, momentum, record, update by digest
 """
 
@@ -39,6 +39,7 @@ from hypha.protocol.tensorfile import DIGEST_ALGORITHM
 from hypha.protocol.views import Verdict, refusal
 from hypha.telemetry import extracted, get_logger, inject, span
 from hypha.worker.broadcast import Broadcast
+from hypha.worker.merges import merge_of, merged_of, outgoing_of
 from hypha.worker.resume import fetch_resume
 from hypha.worker.session import JobContext, Session
 from hypha.worker.shares import fetch_others, misfit
@@ -216,22 +217,8 @@ class AggregateSession(Session):
     def _merge(self, plan: MergePlan) -> None:
         self._forget(plan.drop)
         self._plans[plan.round, plan.close] = plan.base_digest
-        inputs = tuple(
-            bridge.MergeInput(
-                peer_id=c.peer_id, fence=c.fence, samples=c.samples, file=self._spooled[c.peer_id, c.fence, c.digest]
-            )
-            for c in plan.inputs
-        )
         self.owed.owe(("merge", plan.round, plan.close))
-        self.emit(
-            bridge.Merge(
-                round=plan.round,
-                close=plan.close,
-                base_digest=plan.base_digest,
-                inputs=inputs,
-                traceparent=inject(),
-            )
-        )
+        self.emit(merge_of(plan, self._spooled))
 
     # --- what is held ---------------------------------------------------------------------------------------------
 
@@ -287,6 +274,8 @@ class AggregateSession(Session):
                 self._state_ready(report)
             case bridge.Screened():
                 self._screened(report)
+            case bridge.UpdateMade():
+                self._update_made(report)
             case bridge.MergeDone():
                 self._merge_done(report)
             case bridge.MergeFailed():
@@ -355,24 +344,24 @@ class AggregateSession(Session):
         base_digest = self._plans.pop((report.round, report.close), None)
         if base_digest is None or self._collector is None:
             raise RemoteProtocolError(f"close {report.close} of round {report.round} was not asked for")
-        merged = Merged(
-            round=report.round,
-            close=report.close,
-            base_digest=base_digest,
-            model_digest=report.model.digest,
-            momentum_digest=report.momentum.digest,
-            record_digest=report.record.digest,
-            update_digest=report.update.digest,
-            model_bytes=report.model.bytes,
-            momentum_bytes=report.momentum.bytes,
-            record_bytes=report.record.bytes,
-            update_bytes=report.update.bytes,
-            update_norm=report.update_norm,
-        )
+        merged = merged_of(report, base_digest)
         if self._collector.merge_done(merged):
             self._hold(report.round, report.model, report.momentum, report.record, report.update)
-            self._broadcast.announce(merged, self.file(report.update.path), report.traceparent or self.round_trace())
+            self._announce(report, base_digest)
             self._collected_changed()
+
+    def _update_made(self, report: bridge.UpdateMade) -> None:
+        """Whoever trains need not wait until the rest of the merge, which makes it durable, is there, too."""
+        self.owed.heard()
+        base_digest = self._plans.get((report.round, report.close))
+        if base_digest is None or self._collector is None:
+            raise RemoteProtocolError(f"close {report.close} of round {report.round} was not asked for")
+        if self._collector.awaits(report.round, report.close):
+            self._announce(report, base_digest)
+
+    def _announce(self, made: bridge.UpdateMade | bridge.MergeDone, base_digest: str) -> None:
+        path = self.file(made.update.path)
+        self._broadcast.announce(outgoing_of(made, base_digest), path, made.traceparent or self.round_trace())
 
     def _merge_failed(self, report: bridge.MergeFailed) -> None:
         if self._collector is None:

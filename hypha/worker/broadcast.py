@@ -1,6 +1,6 @@
 """Outer updates from a parameter server to everybody who trains: the same bytes to each, retried until taken.
 
-    announce(Merged) ─▶ for each member and follower of the newest view ─▶ OuterUpdate stream ─▶ Accepted
+    announce(Outgoing) ─▶ for each member and follower of the newest view ─▶ OuterUpdate stream ─▶ Accepted
                                  └── broken, or "retry": again, while the update still leads to the view's base
 
 A view that adds a follower adds a recipient. A later Close of the round, or a view two rounds on, ends the sending.
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import trio
+from msgspec import Struct
 
 from hypha.errors import PeerUnreachable, Refused, RemoteProtocolError, StoreError
 from hypha.network.retry import Backoff
 from hypha.network.transfer import send_file
-from hypha.protocol.messages import Accepted, Member, Merged, OuterUpdate, RoundView
+from hypha.protocol.messages import Accepted, Member, OuterUpdate, RoundView
 from hypha.telemetry import get_logger, inject, span_from
 from hypha.worker.session import JobContext
 
@@ -26,6 +27,17 @@ log = get_logger("worker.broadcast")
 # Whoever asks for what it is going to store waits so long at most: a request must not outlive its sender's patience.
 DELIVERY_WAIT_S = 4.0
 T = TypeVar("T")
+
+
+class Outgoing(Struct, frozen=True, kw_only=True):
+    """The update of one merge: digests of base, update and the model that it leads to are this shard's."""
+
+    round: int
+    close: int
+    base_digest: str
+    model_digest: str
+    digest: str
+    bytes: int
 
 
 class Sending(Protocol):
@@ -60,16 +72,18 @@ class Broadcast:
 
     def __init__(self, session: Sending) -> None:
         self._session = session
-        self._merged: Merged | None = None
+        self._newest: Outgoing | None = None
         self._path: Path | None = None
         self._trace: str | None = None
         self._over: set[tuple[str, int, int]] = set()  # recipients done with, by lease, round and close
         self._patience_ends = 0.0
         self._limiter = trio.CapacityLimiter(session.context.transfers.at_once)
 
-    def announce(self, merged: Merged, path: Path, traceparent: str | None) -> None:
-        """Send this from now on, and nothing older; whoever calls it wakes the session."""
-        self._merged, self._path, self._trace = merged, path, traceparent
+    def announce(self, newest: Outgoing, path: Path, traceparent: str | None) -> None:
+        """Send this from now on, and nothing older, if it is new; whoever calls it wakes the session."""
+        if newest == self._newest:
+            return
+        self._newest, self._path, self._trace = newest, path, traceparent
         self._patience_ends = trio.current_time() + DELIVERY_WAIT_S
 
     async def delivered(self) -> None:
@@ -79,60 +93,60 @@ class Broadcast:
                 await self._session.changed()
 
     def _recipients(self) -> list[tuple[tuple[str, int, int], Member]]:
-        merged, view = self._merged, self._session.view
-        if merged is None or view is None:
+        newest, view = self._newest, self._session.view
+        if newest is None or view is None:
             return []
-        return [((each.lease_id, merged.round, merged.close), each) for each in (*view.members, *view.followers)]
+        return [((each.lease_id, newest.round, newest.close), each) for each in (*view.members, *view.followers)]
 
     async def run(self) -> None:
         """Start one task for each recipient and merge, until cancelled."""
         begun: set[tuple[str, int, int]] = set()
         async with trio.open_nursery() as nursery:
             while True:
-                merged = self._merged
-                if merged is not None:
+                newest = self._newest
+                if newest is not None:
                     # Keys of other merges are of no use any more: they cannot come back under the same number.
-                    begun = {key for key in begun if key[1:] == (merged.round, merged.close)}
+                    begun = {key for key in begun if key[1:] == (newest.round, newest.close)}
                     self._over &= begun
                     for key, target in self._recipients():
                         if key not in begun:
                             begun.add(key)
-                            nursery.start_soon(self._send, merged, target, key)
+                            nursery.start_soon(self._send, newest, target, key)
                 await self._session.changed()
 
-    def _wanted(self, merged: Merged, target: Member) -> bool:
+    def _wanted(self, update: Outgoing, target: Member) -> bool:
         view = self._session.view
-        if merged is not self._merged or view is None or view.round not in (merged.round, merged.round + 1):
+        if update is not self._newest or view is None or view.round not in (update.round, update.round + 1):
             return False
         return target in view.members or target in view.followers
 
-    async def _send(self, merged: Merged, target: Member, key: tuple[str, int, int]) -> None:
-        backoff, wanted = self._session.backoff(), partial(self._wanted, merged, target)
-        with span_from(self._trace, "outer_update", round=merged.round, worker=target.peer_id):
+    async def _send(self, update: Outgoing, target: Member, key: tuple[str, int, int]) -> None:
+        backoff, wanted = self._session.backoff(), partial(self._wanted, update, target)
+        with span_from(self._trace, "outer_update", round=update.round, worker=target.peer_id):
             while wanted():
-                if await self._session.while_wanted(partial(self._try, merged, target), wanted):
+                if await self._session.while_wanted(partial(self._try, update, target), wanted):
                     break
                 if wanted():
                     await self._session.pause(backoff)
         self._over.add(key)
         self._session.wake()
 
-    async def _try(self, merged: Merged, target: Member) -> bool:
+    async def _try(self, update: Outgoing, target: Member) -> bool:
         """Whether this recipient is done with: it has the update, or will not take it from us."""
         worker = target.peer_id
         try:
             async with self._limiter:
-                await self._attempt(merged, target)
+                await self._attempt(update, target)
         except (PeerUnreachable, RemoteProtocolError) as error:
             final = isinstance(error, Refused) and error.code not in ("retry", "busy")
-            log.info("Outer update not taken", worker=worker, round=merged.round, reason=str(error), final=final)
+            log.info("Outer update not taken", worker=worker, round=update.round, reason=str(error), final=final)
             return final
         except StoreError as error:
             # The round was committed and its files have gone; whoever has not got it yet fetches the model.
-            log.warn("Outer update is not there any more", worker=worker, round=merged.round, reason=str(error))
+            log.warn("Outer update is not there any more", worker=worker, round=update.round, reason=str(error))
         return True
 
-    async def _attempt(self, merged: Merged, target: Member) -> None:
+    async def _attempt(self, update: Outgoing, target: Member) -> None:
         context, view, path = self._session.context, self._session.view, self._path
         assert view is not None
         assert path is not None
@@ -140,13 +154,13 @@ class Broadcast:
             job_id=view.job_id,
             job_epoch=view.job_epoch,
             view=view.view,
-            round=merged.round,
+            round=update.round,
             lease_id=target.lease_id,
-            close=merged.close,
-            base_digest=merged.base_digest,
-            model_digest=merged.model_digest,
-            digest=merged.update_digest,
-            bytes=merged.update_bytes,
+            close=update.close,
+            base_digest=update.base_digest,
+            model_digest=update.model_digest,
+            digest=update.digest,
+            bytes=update.bytes,
             shard=context.job.shard,
             traceparent=inject(),
         )
@@ -154,7 +168,7 @@ class Broadcast:
             stream = await context.network.open_stream(target.peer_id, header)
             try:
                 patience.deadline = float("inf")  # the transport finds a transfer that stands still
-                await send_file(stream, path, offset=0, length=merged.update_bytes, runtime=context.runtime)
+                await send_file(stream, path, offset=0, length=update.bytes, runtime=context.runtime)
                 await stream.send_eof()
                 await stream.receive_message(Accepted)
             finally:

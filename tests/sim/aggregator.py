@@ -1,7 +1,7 @@
 """A parameter server's executor in virtual time: what `hypha.training.aggregate` does, with arithmetic for a model.
 
 StateReady(r) ─▶ ┌─ Screen ─▶ Screened ─────────────────────┐
-                 ├─ Merge(r+1, close) ─▶ MergeDone          │ from the state of round r, every time
+                 ├─ Merge(r+1, close) ─▶ UpdateMade, MergeDone from the state of round r, every time
                  ├─ RoundCommitted(r+1) ─▶ r+1 is the state ─┤
                  └─ Stop ─▶ exit 0                          ┘
 """
@@ -29,6 +29,7 @@ from hypha.protocol.bridge import (
     Screened,
     StateReady,
     Stop,
+    UpdateMade,
 )
 from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import JobSpec
@@ -39,6 +40,7 @@ from tests.sim.trainer import Body
 EVENT_WAIT_S = 60.0
 SCREEN_S = 0.02
 MERGE_S = 0.1
+KEEP_S = 0.1
 EVALUATE_S = 0.5
 
 
@@ -132,6 +134,9 @@ class Aggregator:
             return
         self._drop_outcome()
         self.outcome = done = self._merged(event)
+        made = UpdateMade(round=event.round, close=event.close, model_digest=done.model.digest, update=done.update)
+        await self.line.report(made)
+        await self.body.work(KEEP_S)
         await self.line.report(done)
         self._evaluate(done.round, done.model.digest)
 

@@ -12,6 +12,7 @@ from hypha.protocol.bridge import (
     Screen,
     Screened,
     StateReady,
+    UpdateMade,
 )
 from hypha.training import aggregate, outer, tensors
 from tests.training.tiny_network import job_spec
@@ -70,6 +71,12 @@ def test_what_is_not_sound_is_refused_by_name(server):
     file = tensors.save(server.work_dir / "bad", bad).ref(server.work_dir)
     server.take(Screen(ticket=9, round=1, file=file))
     assert server.session == [Screened(ticket=9, refusal="tensor 'a' is not finite")]
+
+
+def test_what_the_workers_wait_for_is_told_before_what_makes_it_durable(server):
+    done = merge(server, [spool(server, number) for number in range(2)])
+    said = [one for one in server.session if isinstance(one, UpdateMade | MergeDone)]
+    assert said == [UpdateMade(round=1, close=1, model_digest=done.model.digest, update=done.update), done]
 
 
 def test_the_same_close_is_answered_the_same_and_a_higher_one_starts_again(server):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hypha.errors import RemoteProtocolError
+from hypha.protocol.compression import Coding
 from hypha.protocol.job import OuterOptimizer
 from hypha.training import outer, tensors
 from tests.training.golden import golden
@@ -147,6 +148,35 @@ def test_workers_subtract_the_update_and_stand_on_the_servers_bits(tmp_path):
     model, momentum = start(tmp_path)
     stepped = outer.step(outs(tmp_path, 1), model=model, momentum=momentum, shares=shares(tmp_path), outer=OUTER)
     assert outer.subtract(tmp_path / "mine", model, stepped.update.path).digest == stepped.model.digest
+
+
+@pytest.mark.parametrize("coding", [Coding(), Coding(codec="int8"), Coding(codec="topk")], ids=lambda one: one.codec)
+@pytest.mark.parametrize("fragment", [None, {"norm"}], ids=["whole", "fragment"])
+def test_what_workers_wait_for_comes_first_and_names_the_model_that_is_kept_later(tmp_path, coding, fragment):
+    model, momentum = start(tmp_path)
+    given = {"model": model, "momentum": momentum, "outer": OUTER, "downward": coding, "fragment": fragment}
+    moved = {name: tensor for name, tensor in made_up(3).items() if fragment is None or name in fragment}
+    contribution = write(tmp_path / "delta", moved)
+    step = outer.Step(outs(tmp_path, 1), shares=[outer.Share(contribution, 4, "peer-1")], **given)
+    made = step.make()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "momentum", "delta", "update-1", "record-1"}
+    contribution.unlink()
+    kept = step.keep(made)
+    subtracted = outer.subtract(tmp_path / "mine", model, made.update.path, coding=coding, fragment=fragment)
+    assert made.model_digest == kept.model.digest == subtracted.digest
+    replayed = outer.replay(
+        outs(tmp_path, 2), model=model, momentum=momentum, record=made.record.path, outer=OUTER,
+        downward=coding, fragment=fragment,
+    )  # fmt: skip
+    assert [getattr(replayed, part).digest for part in outer.PARTS] == [getattr(kept, p).digest for p in outer.PARTS]
+
+
+def test_parameters_are_given_the_servers_bits_however_they_lie_in_memory(tmp_path):
+    model, momentum = start(tmp_path)
+    stepped = outer.step(outs(tmp_path, 1), model=model, momentum=momentum, shares=shares(tmp_path), outer=OUTER)
+    parameters = {"embed": torch.zeros(3, 5).t(), "norm": torch.nn.Parameter(torch.zeros(3))}
+    assert outer.load(parameters, model, stepped.update.path) == stepped.model.digest
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in read(stepped.model.path).items())
 
 
 def test_a_contribution_without_samples_changes_nothing(tmp_path):

@@ -1,12 +1,14 @@
 """Any number of parameter servers makes the same model, to the last bit, whatever the codec and the fragments."""
 
+import threading
+
 import msgspec
 import pytest
 import torch
 
 from hypha.errors import JobFailed, RemoteProtocolError
 from hypha.protocol.bridge import Merge, MergeDone, MergeInput, RoundCommitted, Screen, Screened
-from hypha.protocol.compression import Compression
+from hypha.protocol.compression import Coding, Compression
 from hypha.protocol.fragments import Fragments, Streaming
 from hypha.protocol.messages import Interval
 from hypha.scheduler.whole import join
@@ -155,3 +157,35 @@ def test_parts_that_are_not_the_whole_are_not_loaded(tmp_path):
         tensors.load_parts([one, two], mine)
     tensors.load_parts([two], mine)
     assert torch.equal(mine["a"], torch.ones(2))
+
+
+def test_a_base_is_written_while_its_values_are_in_use_and_needs_nothing_that_is_removed(tmp_path):
+    before, change = {"a": torch.arange(6.0)}, {"a": torch.ones(6)}
+    base, update = tensors.save(tmp_path / "base", before).path, tensors.save(tmp_path / "update", change).path
+    held = threading.Event()
+    tensors.aside(held.wait)  # what is to be written waits for what was given before
+    parameters = {"a": torch.arange(6.0)}
+    moved = shares.move(
+        [tmp_path / "moved"], [base], [update], (tensors.digest({"a": before["a"] - 1}),), coding=Coding(),
+        fragment={"a"}, into=parameters,
+    )  # fmt: skip
+    base.unlink()
+    update.unlink()
+    assert parameters["a"].tolist() == [-1, 0, 1, 2, 3, 4]
+    assert not (tmp_path / "moved").exists()
+    parameters["a"].zero_()
+    held.set()
+    assert [tensors.Reader(path).read("a").tolist() for path in moved] == [[-1, 0, 1, 2, 3, 4]]
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_update_that_leads_elsewhere_moves_nobody(tmp_path, whole):
+    values = {"a": torch.arange(6.0)}
+    base, update = tensors.save(tmp_path / "base", values).path, tensors.save(tmp_path / "update", values).path
+    moved = shares.move(
+        [tmp_path / "moved"], [base], [update], ("0" * 64,), coding=Coding(), fragment={"a"},
+        into={"a": torch.zeros(6)} if whole else None,
+    )  # fmt: skip
+    assert not moved
+    assert update.exists()

@@ -116,10 +116,14 @@ class Play:
         }
         return bridge.MergeDone(round=1, close=close, **made)
 
-    async def merged(self) -> Merged:
-        """Both push, the scheduler closes, the executor merges."""
+    async def pushed(self) -> None:
+        """Both push."""
         for peer_id in (A, B):
             assert isinstance(await sent(self.here.peers[peer_id], push(peer_id)), Accepted)
+
+    async def merged(self) -> Merged:
+        """Both push, the scheduler closes, the executor merges."""
+        await self.pushed()
         answers = []
 
         async def close() -> None:

@@ -45,12 +45,13 @@ class Trainer:
     def __init__(self, network) -> None:
         self.took: list[OuterUpdate] = []
         self.script: list[Exception] = []
-        self.slow_s = 0.0
+        self.late_s = self.slow_s = 0.0
         network.accept_streams(OuterUpdate, self._take)
 
     async def _take(self, stream, header) -> None:
         if self.script:
             raise self.script.pop(0)
+        await trio.sleep(self.late_s)
         data = b""
         while piece := await stream.receive_some(1 << 16):
             data += piece
@@ -88,6 +89,52 @@ async def test_a_follower_that_a_view_adds_gets_it_too_and_nobody_after_the_roun
     left = len(b.script)
     await trio.sleep(60)
     assert len(b.script) == left  # who left the view is not bothered any more
+
+
+async def test_an_update_is_sent_before_the_rest_of_its_merge_is_there_and_only_once(autojump_clock, play):
+    a, b = Trainer(play.here.peers[A]), Trainer(play.here.peers[B])
+    play.see(opened())
+    await play.pushed()
+    done = play.done()
+    play.session._close(play.close(), SCHEDULER)
+    made = bridge.UpdateMade(round=1, close=1, model_digest=done.model.digest, update=done.update)
+    await play.session.report(made)
+    await trio.sleep(5)
+    assert [fields(header, "close", "digest", "model_digest") for header in (*a.took, *b.took)] == [
+        (1, done.update.digest, done.model.digest)
+    ] * 2
+    await play.session.report(done)
+    await trio.sleep(5)
+    assert (len(a.took), len(b.took)) == (1, 1)
+
+
+async def test_the_rest_of_a_merge_does_not_disturb_who_is_being_sent_its_update(autojump_clock, play):
+    a, b = Trainer(play.here.peers[A]), Trainer(play.here.peers[B])
+    a.late_s = b.late_s = 2.0
+    play.see(opened())
+    await play.pushed()
+    done = play.done()
+    play.session._close(play.close(), SCHEDULER)
+    await play.session.report(bridge.UpdateMade(round=1, close=1, model_digest=done.model.digest, update=done.update))
+    await trio.sleep(1)
+    await play.session.report(done)
+    await trio.sleep(5)
+    assert (len(a.took), len(b.took)) == (1, 1)
+
+
+async def test_an_update_that_a_later_close_has_overtaken_is_sent_to_nobody(autojump_clock, play):
+    a, made = Trainer(play.here.peers[A]), play.done()
+    play.see(opened())
+    await play.pushed()
+    play.session._close(play.close(1), SCHEDULER)
+    play.session._close(play.close(2, A), SCHEDULER)
+    await play.session.report(bridge.UpdateMade(round=1, close=1, model_digest=made.model.digest, update=made.update))
+    await trio.sleep(5)
+    assert a.took == []
+    with pytest.raises(RemoteProtocolError, match="close 3 of round 1 was not asked for"):
+        await play.session.report(
+            bridge.UpdateMade(round=1, close=3, model_digest=made.model.digest, update=made.update)
+        )
 
 
 @pytest.mark.parametrize(("slow_s", "served_after_s"), [(2.0, 2.0), (30.0, DELIVERY_WAIT_S)])
