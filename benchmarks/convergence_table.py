@@ -76,9 +76,6 @@ def _details(topk: dict[str, Any]) -> list[Spec]:
         Spec(name="topk, H = 10, pseudo-gradients only", inner_steps=10, **{**topk, "downward": Coding()}),
     ]
     runs += _seeded("H = 10, momentum 0, 4 × the tokens", inner_steps=10, batches=LONG, **NO_MOMENTUM)
-    runs.append(
-        Spec(name="topk, H = 10, outer 1.0, 4 × the tokens", inner_steps=10, batches=LONG, **{**topk, **NO_MOMENTUM})
-    )
     return runs
 
 
