@@ -12,6 +12,7 @@ share it (tied weights); buffers, such as running statistics, stay with the proc
 
 import importlib
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -143,18 +144,23 @@ def _layer(index: int, name: object = None, *arguments: Any) -> nn.Module:  # no
         raise ConfigError(f"model.config.layers[{index}]: {error}") from error
 
 
+# torch has one generator for the process: two models built at once, one of them to evaluate with, would share it.
+_building = threading.Lock()
+
+
 def build(spec: ModelSpec, *, source: Path | None = None) -> nn.Module:
     """Return the model with its initial weights, fp32 on the CPU; `source` is the fetched directory where there is one.
 
     Raises ConfigError naming the key.
     """
-    torch.manual_seed(spec.seed)
-    if spec.type == TORCH:
-        model: nn.Module = _plain(spec)
-    elif spec.config is not None:
-        model = _from_scratch(spec, spec.config)
-    else:
-        model = _from_directory(spec, source)
+    with _building:
+        torch.manual_seed(spec.seed)
+        if spec.type == TORCH:
+            model: nn.Module = _plain(spec)
+        elif spec.config is not None:
+            model = _from_scratch(spec, spec.config)
+        else:
+            model = _from_directory(spec, source)
     return model.float()
 
 

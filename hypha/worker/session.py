@@ -217,11 +217,12 @@ class Session:
             self.wake()
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield what was queued, and go on until the job ends."""
+        """Yield what was queued, and go on until the job ends: a stream that ends tells an executor that we are gone.
+
+        So it does not end with Stop. What the executor finishes after that, and its last telemetry, still gets through.
+        """
         async for event in self._events_out:
             yield event
-            if isinstance(event, Stop):
-                return
 
     async def telemetry(self, kind: str, body: bytes) -> None:
         """Export an OTLP batch. Raises RemoteProtocolError for a kind that does not exist."""

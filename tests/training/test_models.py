@@ -1,5 +1,7 @@
 """Models by description: every Auto class of transformers, plain layers, the same weights from the same seed."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -28,6 +30,13 @@ def llama(**changes):
 def test_the_same_seed_gives_the_same_weights_and_another_one_others():
     digests = [tensors.digest(models.parameters_of(models.build(llama(seed=seed)))) for seed in (1, 1, 2)]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_models_built_at_once_have_the_weights_of_their_seeds():
+    alone = tensors.digest(models.parameters_of(models.build(llama(seed=1))))
+    with ThreadPoolExecutor(8) as threads:
+        built = list(threads.map(lambda seed: models.build(llama(seed=seed)), [1, 2, 3, 4] * 16))
+    assert {tensors.digest(models.parameters_of(model)) for model in built[::4]} == {alone}
 
 
 def test_tied_weights_appear_once():

@@ -47,8 +47,6 @@ class Script:
     async def events(self):
         async for event in self.events_out:
             yield event
-            if isinstance(event, Stop):
-                return
 
     def _answer(self, request):
         self.asked.append(request)
@@ -177,13 +175,14 @@ async def test_a_bug_fails_the_job_and_is_logged_with_its_traceback(tmp_path, ca
     assert record.exc_info is not None
 
 
-async def test_events_stream_until_the_stop(tmp_path):
+async def test_events_stream_until_the_session_ends(tmp_path):
     async with bridge(tmp_path) as (session, client), client.stream("POST", "/resources/receive") as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = response.aiter_lines()
         assert (await anext(lines)).startswith(":")  # subscribed, before there is any event
         await session.events_in.send(VIEW)
         await session.events_in.send(Stop(reason="done"))
+        session.events_in.close()
         data = [line.removeprefix("data: ") async for line in lines if line.startswith("data: ")]
         assert [msgspec.json.decode(each)["type"] for each in data] == ["ViewChanged", "Stop"]
 

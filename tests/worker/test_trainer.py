@@ -60,6 +60,13 @@ async def test_a_new_view_is_told_a_known_one_acknowledged_a_stale_one_refused(a
     ]
 
 
+async def test_events_go_on_after_stop_as_their_end_would_say_that_the_worker_is_gone(autojump_clock, play):
+    play.session.stop("enough")
+    play.see(opened(1))
+    await trio.sleep(1)
+    assert play.ear.kinds() == ["Stop", "ViewChanged"]
+
+
 async def test_addresses_that_cannot_be_believed_do_not_cost_the_view(autojump_clock, play):
     play.see(opened(1, server_addresses=(b"forged" * 10,)))
     await trio.sleep(1)
