@@ -33,7 +33,7 @@ e2e: setup ## the tutorial with real processes, certificates and sockets
 chaos: setup ## real processes killed and stopped while they train: KILLS=n SEED=s
 	$(BIN)/python -m tests.chaos.main --kills $(KILLS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-bench: setup ## one figure: BENCH=placement|pace|stream|slices|outer|shaped|convergence|codecs|rest|diloco
+bench: setup ## one figure: BENCH=placement|pace|stream|slices|outer|shaped|convergence|growth|codecs|rest|diloco
 	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 demo: setup ## a secured network of real processes trains a model; flags in ARGS='…'
