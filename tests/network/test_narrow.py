@@ -1,4 +1,4 @@
-"""Renewals on a link that bulk bytes fill: an answer comes within a tenth of the usual ttl."""
+"""Renewals on a link that bulk bytes fill: they are answered long before a lease of the usual 30 s is lost."""
 
 import pytest
 import trio
@@ -10,9 +10,9 @@ from tests.network.cast import fetch, status
 from tests.network.libp2p_nodes import Nodes, answering, until
 from tests.network.narrow import BEHIND, narrow
 
-# A tenth of the usual 30 s.
-ATTEMPT_S = 3.0
-# In 256 KiB frames, with as much again in the kernel, an answer would come after 12 s.
+# Answers take half a second, on a busy machine more. In 256 KiB frames, with as much again in the kernel, they took 10 to
+# 13 s.
+ATTEMPT_S = 6.0
 BYTES_PER_S = 80e3
 TRANSFERS = 3
 RENEWALS = 4
