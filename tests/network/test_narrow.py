@@ -10,8 +10,8 @@ from tests.network.cast import fetch, status
 from tests.network.libp2p_nodes import Nodes, answering, until
 from tests.network.narrow import BEHIND, narrow
 
-# Answers take half a second, on a busy machine more. In 256 KiB frames, with as much again in the kernel, they took 10 to
-# 13 s.
+# Answers take half a second, on a busy machine more. In 256 KiB frames, with as much again in the kernel, they took
+# 10 to 13 s.
 ATTEMPT_S = 6.0
 BYTES_PER_S = 80e3
 TRANSFERS = 3
