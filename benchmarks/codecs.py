@@ -24,7 +24,12 @@ INNER_STEPS = 500
 WORKERS = 2
 GBPS_WANTED = {"int8": 1.0, "int4": 1.0}
 RATIO_WANTED = {"int8": 1_900.0, "int4": 3_700.0, "topk": 10_000.0}
-CODINGS = {codec: Coding(codec=codec) for codec in CODECS} | {"int4-stochastic": Coding(codec="int4", stochastic=True)}
+# What is recommended (docs/explanation/compression.md): the choices of all workers meet in an outer update.
+DOWNWARD = {"topk": Coding(codec="topk", density=0.1)}
+CODINGS = {codec: Coding(codec=codec) for codec in CODECS} | {
+    "topk": Coding(codec="topk", density=0.03),
+    "int4-stochastic": Coding(codec="int4", stochastic=True),
+}
 
 
 def ratio(upward: Coding, downward: Coding) -> float:
@@ -61,14 +66,15 @@ def main() -> None:
     for name, coding in CODINGS.items():
         runs = [once(pieces, coding) for _ in range(REPETITIONS)]
         fast = {key: max(run[key] for run in runs) for key in ("encode_gbps", "decode_gbps")}
+        both = ratio(coding, DOWNWARD.get(name, coding))
         if name in GBPS_WANTED:
             for key, got in fast.items():
                 figures.append(Figure(f"{name} {key}", got, GBPS_WANTED[name], "higher", "GB/s of fp32 per core"))
         if name in RATIO_WANTED:
-            figures.append(Figure(f"{name} both ways", round(ratio(coding, coding)), RATIO_WANTED[name], "higher", "×"))
+            figures.append(Figure(f"{name} both ways", round(both), RATIO_WANTED[name], "higher", "×"))
         detail[name] = {
             "bits_per_element": coding.bytes_of(ELEMENTS) * 8 / ELEMENTS,
-            "ratio_both_ways": round(ratio(coding, coding)),
+            "ratio_both_ways": round(both),
             "ratio_upward_only": round(ratio(coding, PLAIN)),
             "ratio_with_int4_down": round(ratio(coding, CODINGS["int4"])),
             "runs": runs,
