@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import outer, slices, slices_data
+from benchmarks.plots import log_log
 from benchmarks.report import Figure, print_report
 from benchmarks.slices_nodes import Command
 
@@ -64,22 +65,11 @@ def per_unit(seconds: Mapping[int, float], middle: int) -> float:
 
 
 def draw(seconds: Mapping[int, float], path: Path, title: str, unit: str) -> None:
-    """Plot seconds by size, both axes logarithmic, beside what proportional would be."""
-    from matplotlib import pyplot
-
-    sizes, largest = list(seconds), max(seconds)
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot(sizes, list(seconds.values()), "o-", label="measured")
-    axes.plot(sizes, [seconds[largest] * size / largest for size in sizes], "--", label="proportional")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel(unit)
-    axes.set_ylabel("seconds")
-    axes.set_title(title)
-    axes.grid(visible=True, which="major", alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    """Plot seconds by size beside what proportional would be."""
+    largest = max(seconds)
+    proportional = [seconds[largest] * size / largest for size in seconds]
+    lines = {"measured": ("o-", list(seconds.values())), "proportional": ("--", proportional)}
+    log_log(path, list(seconds), lines, title=title, x=unit, y="seconds")
 
 
 def main() -> None:

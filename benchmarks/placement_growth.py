@@ -13,6 +13,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from benchmarks.placement_memory import Measured, Placement, measured
+from benchmarks.plots import log_log
 from benchmarks.report import Figure
 
 # Sizes, and how many auctions after the first: fewer where each takes seconds.
@@ -112,23 +113,13 @@ def run(plot: Path | None = None) -> tuple[list[Figure], dict[str, object]]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Plot messages against size, both axes logarithmic."""
-    from matplotlib import pyplot
-
-    sizes = [each.workers for each in rows]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, style in (
-        ("at_scheduler_first", "--"),
-        ("at_scheduler_per_lease", "o-"),
-        ("per_node_per_lease", "s-"),
-    ):
-        axes.plot(sizes, [getattr(each, name) for each in rows], style, label=LABELS[name])
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("workers")
-    axes.set_ylabel("messages per node and lease")
-    axes.set_title(f"An auction for {LEASES} workers as the network grows")
-    axes.grid(visible=True, which="major", alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    """Plot messages against size."""
+    styles = {"at_scheduler_first": "--", "at_scheduler_per_lease": "o-", "per_node_per_lease": "s-"}
+    log_log(
+        path,
+        [each.workers for each in rows],
+        {LABELS[name]: (style, [getattr(each, name) for each in rows]) for name, style in styles.items()},
+        title=f"An auction for {LEASES} workers as the network grows",
+        x="workers",
+        y="messages per node and lease",
+    )

@@ -55,14 +55,19 @@ def test_without_a_spare_the_trainer_stays_and_the_job_waits_for_a_server(stage)
     stage.play(script)
 
 
+async def restarted_without_its_server(stage):
+    """The scheduler is another incarnation, which adopts who trains; the server is gone, a further trainer is there."""
+    await stage.said("Round committed", "round=1")
+    for name in ("scheduler", "worker-0"):
+        stage.crash_now(name)
+    await stage.until(lambda: not stage.scheduler.is_up and not stage.machines["worker-0"].is_up)
+    stage.start("scheduler")
+    stage.start("worker-2")
+
+
 def test_a_restarted_scheduler_that_only_adopted_lets_a_trainer_go_that_may_be_able(stage):
     async def script(stage):
-        await stage.said("Round committed", "round=1")
-        for name in ("scheduler", "worker-0"):
-            stage.crash_now(name)
-        await stage.until(lambda: not stage.scheduler.is_up and not stage.machines["worker-0"].is_up)
-        stage.start("scheduler")
-        stage.start("worker-2")
+        await restarted_without_its_server(stage)
         # Its offers were heard by the scheduler that is gone.
         await stage.said("Worker adopted", "worker-1")
         await stage.said("A trainer goes, to be the parameter server", "worker-1")
@@ -77,12 +82,7 @@ def test_a_trainer_let_go_for_nothing_is_not_let_go_again(stage, monkeypatch):
     monkeypatch.setitem(ABLE, "worker-1", ("train",))
 
     async def script(stage):
-        await stage.said("Round committed", "round=1")
-        for name in ("scheduler", "worker-0"):
-            stage.crash_now(name)
-        await stage.until(lambda: not stage.scheduler.is_up and not stage.machines["worker-0"].is_up)
-        stage.start("scheduler")
-        stage.start("worker-2")
+        await restarted_without_its_server(stage)
         await stage.said("A trainer goes, to be the parameter server", "worker-1")
         before = len(stage.lines("Advertised", "scheduler"))
         await stage.until(lambda: len(stage.lines("Advertised", "scheduler")) > before + 8)
