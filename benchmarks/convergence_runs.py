@@ -182,7 +182,7 @@ class Part:
         self.rounds += 1
         stem = f"{self.number}-{self.rounds}"
         shares = [self._pushed(index, self.of(parameters), stem) for index, parameters in enumerate(workers)]
-        stepped = outer.step(
+        stepped = outer.Step(
             {part: self.directory / f"{part}-{stem}" for part in outer.PARTS},
             model=self.base,
             momentum=self.momentum,
@@ -190,7 +190,7 @@ class Part:
             outer=self.spec.outer,
             upward=self.spec.upward,
             downward=self.spec.downward,
-        )
+        ).take()
         applied = outer.subtract(
             self.directory / f"base-{stem}", self.base, stepped.update.path, coding=self.spec.downward
         )

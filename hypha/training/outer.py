@@ -236,6 +236,10 @@ class Step:
                 momentum.append(paired(speed, update - applied) if feedback else speed)
             return Stepped(model.finish(), momentum.finish(), made.record, made.update, made.update_norm)
 
+    def take(self) -> Stepped:
+        """Take both parts. Raises RemoteProtocolError: the result is not finite. Then no file is left."""
+        return self.keep(self.make())
+
     def _nesterov(self, piece: Piece, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return v' and U before it is coded, with what is owed where that is wanted."""
         speed, owed = self._velocity.part(piece)
@@ -243,31 +247,6 @@ class Step:
         if owed is not None and self._downward.feedback:
             update += owed
         return speed, update
-
-
-def step(
-    outs: Mapping[str, Path],
-    *,
-    model: Path,
-    momentum: Path,
-    shares: Sequence[Share],
-    outer: OuterOptimizer,
-    upward: Coding = PLAIN,
-    downward: Coding = PLAIN,
-    fragment: Collection[str] | None = None,
-) -> Stepped:
-    """Take a whole `Step`. Raises RemoteProtocolError: see there. Then no file is left."""
-    taken = Step(
-        outs,
-        model=model,
-        momentum=momentum,
-        shares=shares,
-        outer=outer,
-        upward=upward,
-        downward=downward,
-        fragment=fragment,
-    )
-    return taken.keep(taken.make())
 
 
 class Velocity:
@@ -322,4 +301,5 @@ def replay(
 ) -> Stepped:
     """Take again the outer step whose Δ̄ was recorded: the same bits as when it was first taken."""
     shares = [Share(record, 1, "record")]
-    return step(outs, model=model, momentum=momentum, shares=shares, outer=outer, downward=downward, fragment=fragment)
+    step = Step(outs, model=model, momentum=momentum, shares=shares, outer=outer, downward=downward, fragment=fragment)
+    return step.take()

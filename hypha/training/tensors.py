@@ -109,6 +109,28 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return array.reshape(-1).view("u1").data
 
 
+class _Backlog:
+    """Pieces of one file behind whoever computes them: in their order, and few at a time."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[Future[None]] = deque()
+
+    def add(self, take: Callable[[memoryview], None], data: memoryview) -> None:
+        """Have this piece taken, and wait for earlier ones where there are too many. Raises what taking them raised."""
+        while len(self._pieces) >= PIECES_BEHIND_MAX:
+            self._pieces.popleft().result()
+        self._pieces.append(_BEHIND.submit(take, data))
+
+    def settle(self) -> None:
+        """Wait for all. Raises what taking them raised."""
+        while self._pieces:
+            self._pieces.popleft().result()
+
+    def abandon(self) -> None:
+        """Wait for all, whatever becomes of them."""
+        wait(self._pieces)
+
+
 class FileWriter:
     """Writes one file, bytes in file order; `names` is the order of tensors. Raises StoreError naming the path."""
 
@@ -118,7 +140,7 @@ class FileWriter:
         self.names = list(self._layout.tensors)
         self._size = 0
         self._hash = blake3()
-        self._behind: deque[Future[None]] = deque()
+        self._behind = _Backlog()
         self._part = path.with_name(path.name + ".part")
         try:
             self._file = self._part.open("wb", buffering=0)
@@ -140,7 +162,7 @@ class FileWriter:
             self._give_up()
 
     def _give_up(self) -> None:
-        wait(self._behind)
+        self._behind.abandon()
         self._file.close()
         self._part.unlink(missing_ok=True)
 
@@ -150,8 +172,7 @@ class FileWriter:
 
     def finish(self) -> Written:
         """Put the complete file in its place."""
-        while self._behind:
-            self._behind.popleft().result()
+        self._behind.settle()
         assert self._size == self._layout.file_bytes, f"{self.path}: {self._size} of {self._layout.file_bytes} bytes"
         try:
             self._file.close()
@@ -164,9 +185,7 @@ class FileWriter:
         if getattr(_here, "aside", False):
             self._write(data)
             return
-        while len(self._behind) >= PIECES_BEHIND_MAX:
-            self._behind.popleft().result()
-        self._behind.append(_BEHIND.submit(self._write, data))
+        self._behind.add(self._write, data)
 
     def _write(self, data: memoryview) -> None:
         self._hash.update(data)
@@ -184,18 +203,15 @@ class Digester:
     def __init__(self, shapes: Shapes) -> None:
         header, _ = layout(TensorSpec(name, "F32", shape) for name, shape in shapes.items())
         self._hash = blake3(header)
-        self._behind: deque[Future[None]] = deque()
+        self._behind = _Backlog()
 
     def append(self, elements: torch.Tensor) -> None:
         """Take in what follows in file order; it must not change before `finish`."""
-        while len(self._behind) >= PIECES_BEHIND_MAX:
-            self._behind.popleft().result()
-        self._behind.append(_BEHIND.submit(self._take, _bytes_of(elements)))
+        self._behind.add(self._take, _bytes_of(elements))
 
     def finish(self) -> str:
         """Return the digest that the file would have."""
-        while self._behind:
-            self._behind.popleft().result()
+        self._behind.settle()
         return self._hash.hexdigest()
 
     def _take(self, data: memoryview) -> None:

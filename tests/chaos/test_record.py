@@ -11,7 +11,7 @@ from hypha.scheduler.settings import Settings
 from hypha.scheduler.store import open_store
 from hypha.store.disk import RealDisk
 from hypha.store.objects import open_objects
-from hypha.training.outer import PARTS, Share, step, zeros
+from hypha.training.outer import PARTS, Share, Step, zeros
 from hypha.training.tensors import save
 from tests.chaos import dataset
 from tests.chaos.record import OUTER, Archive, judge
@@ -83,7 +83,7 @@ class Job:
             delta = save(self.work / f"delta-{number}", random(number))
             outs = {part: self.work / f"{part}-{number}" for part in PARTS}
             share = Share(delta.path, SAMPLES, "worker")
-            stepped = step(outs, model=model.path, momentum=momentum.path, shares=[share], outer=OUTER)
+            stepped = Step(outs, model=model.path, momentum=momentum.path, shares=[share], outer=OUTER).take()
             store.put("record", number, stepped.record.digest, stepped.record.path)
             entry = store.round_entry(
                 (merged_of(number, model.digest, stepped),),

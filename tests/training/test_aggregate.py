@@ -84,13 +84,13 @@ def test_the_same_close_is_answered_the_same_and_a_higher_one_starts_again(serve
     first = merge(server, inputs, close=1)
     assert merge(server, inputs[:1], close=1) == first
     second = merge(server, inputs[:2], close=2)
-    expected = outer.step(
+    expected = outer.Step(
         {part: server.work_dir / f"expected-{part}" for part in outer.PARTS},
         model=server.work_dir / server.state.model.path,
         momentum=server.work_dir / server.state.momentum.path,
         shares=[outer.Share(server.work_dir / one.file.path, one.samples, one.peer_id) for one in inputs[:2]],
         outer=server.job.outer,
-    )
+    ).take()
     assert second.model.digest == expected.model.digest != first.model.digest
     assert not (server.work_dir / first.model.path).exists()
 

@@ -47,14 +47,14 @@ def steps(directory, downward, *, tag, count=4):
     for number in range(count):
         delta = tensors.save(directory / f"delta-{number}", values(number + 1, 0.1)).path
         done.append(
-            outer.step(
+            outer.Step(
                 outs(directory, f"{tag}-{number}"),
                 model=model,
                 momentum=momentum,
                 shares=[outer.Share(delta, 5, "peer-1")],
                 outer=OUTER,
                 downward=downward,
-            )
+            ).take()
         )
         model, momentum = done[-1].model.path, done[-1].momentum.path
     return done
@@ -122,7 +122,7 @@ def test_a_job_may_go_on_with_another_coding_from_a_momentum_with_debts(tmp_path
     for downward in (PLAIN, Coding(codec="int4")):
         outs_ = outs(tmp_path, f"next-{downward.codec}")
         options = {"momentum": one.momentum.path, "shares": [share], "outer": OUTER, "downward": downward}
-        after = outer.step(outs_, model=one.model.path, **options)
+        after = outer.Step(outs_, model=one.model.path, **options).take()
         assert read(after.momentum.path)["a"].shape == ((70, 130, 2) if downward.feedback else (70, 130))
 
 
@@ -131,7 +131,7 @@ def test_a_momentum_of_another_model_is_refused(tmp_path):
     momentum = outer.zeros(tmp_path / "momentum", {**SHAPES, "b": (4,)}).path
     share = outer.Share(model, 1, "peer-1")
     with pytest.raises(RemoteProtocolError, match=r"momentum: tensor 'b' is F32\[4\], expected F32\[3\]"):
-        outer.step(outs(tmp_path, 1), model=model, momentum=momentum, shares=[share], outer=OUTER)
+        outer.Step(outs(tmp_path, 1), model=model, momentum=momentum, shares=[share], outer=OUTER).take()
 
 
 @pytest.mark.parametrize("codec", FEEDBACK)

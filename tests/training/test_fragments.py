@@ -304,7 +304,7 @@ def test_the_momentum_of_other_fragments_stays_whatever_is_owed_to_them(server, 
         file = tensors.Reader(model)
         ends = {name: file.read(name) - 0.1 * torch.randn(file.read(name).shape) for name in file.names}
         delta = outer.pseudo_gradient(directory / f"delta-{number}", model, ends, fragment=moved)
-        stepped = outer.step(
+        stepped = outer.Step(
             {part: directory / f"{part}-{codec}-{number}" for part in outer.PARTS},
             model=model,
             momentum=momentum,
@@ -312,7 +312,7 @@ def test_the_momentum_of_other_fragments_stays_whatever_is_owed_to_them(server, 
             outer=server.job.outer,
             downward=coding,
             fragment=moved,
-        )
+        ).take()
         before, after = tensors.Reader(momentum), tensors.Reader(stepped.momentum.path)
         if number > 1:
             same = {name for name in before.names if torch.equal(before.read(name), after.read(name))}

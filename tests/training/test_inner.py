@@ -54,13 +54,13 @@ def test_one_worker_one_step_a_round_and_a_plain_outer_step_are_plain_adamw(tmp_
         loop.step(batch(number), round_=number)
         delta = outer.pseudo_gradient(tmp_path / "delta", base, mine)
         outs = {part: tmp_path / f"{part}-{number}" for part in outer.PARTS}
-        stepped = outer.step(
+        stepped = outer.Step(
             outs,
             model=base,
             momentum=momentum,
             shares=[outer.Share(delta.path, 8, "only")],
             outer=OuterOptimizer(learning_rate=1.0, momentum=0.0),
-        )
+        ).take()
         base, momentum = stepped.model.path, stepped.momentum.path
         tensors.load_into(base, mine)
     for name, wanted in models.parameters_of(reference).items():

@@ -56,13 +56,13 @@ def three_steps(directory):
     for number in range(3):
         samples = (16 + number, 48, 7 * number)
         steps.append(
-            outer.step(
+            outer.Step(
                 outs(directory, number),
                 model=model,
                 momentum=momentum,
                 shares=shares(directory, samples=samples),
                 outer=OUTER,
-            )
+            ).take()
         )
         model, momentum = steps[-1].model.path, steps[-1].momentum.path
     return steps
@@ -88,7 +88,7 @@ def test_three_outer_steps_are_the_ones_on_file(tmp_path):
 
 def test_every_multiply_and_add_is_rounded_by_itself(tmp_path):
     model, momentum = start(tmp_path)
-    stepped = outer.step(outs(tmp_path, 1), model=model, momentum=momentum, shares=shares(tmp_path), outer=OUTER)
+    stepped = outer.Step(outs(tmp_path, 1), model=model, momentum=momentum, shares=shares(tmp_path), outer=OUTER).take()
     f32 = np.float32
     for name in SHAPES:
         theta, deltas = made_up(0)[name].numpy(), [made_up(index + 3)[name].numpy() for index in range(3)]
@@ -146,7 +146,7 @@ def test_the_size_of_pieces_changes_no_bit(tmp_path, monkeypatch):
 
 def test_workers_subtract_the_update_and_stand_on_the_servers_bits(tmp_path):
     model, momentum = start(tmp_path)
-    stepped = outer.step(outs(tmp_path, 1), model=model, momentum=momentum, shares=shares(tmp_path), outer=OUTER)
+    stepped = outer.Step(outs(tmp_path, 1), model=model, momentum=momentum, shares=shares(tmp_path), outer=OUTER).take()
     assert outer.subtract(tmp_path / "mine", model, stepped.update.path).digest == stepped.model.digest
 
 
@@ -173,7 +173,7 @@ def test_what_workers_wait_for_comes_first_and_names_the_model_that_is_kept_late
 
 def test_parameters_are_given_the_servers_bits_however_they_lie_in_memory(tmp_path):
     model, momentum = start(tmp_path)
-    stepped = outer.step(outs(tmp_path, 1), model=model, momentum=momentum, shares=shares(tmp_path), outer=OUTER)
+    stepped = outer.Step(outs(tmp_path, 1), model=model, momentum=momentum, shares=shares(tmp_path), outer=OUTER).take()
     parameters = {"embed": torch.zeros(3, 5).t(), "norm": torch.nn.Parameter(torch.zeros(3))}
     assert outer.load(parameters, model, stepped.update.path) == stepped.model.digest
     assert all(torch.equal(parameters[name], tensor) for name, tensor in read(stepped.model.path).items())
@@ -182,21 +182,23 @@ def test_parameters_are_given_the_servers_bits_however_they_lie_in_memory(tmp_pa
 def test_a_contribution_without_samples_changes_nothing(tmp_path):
     model, momentum = start(tmp_path)
     given = shares(tmp_path, samples=(16, 0, 7))
-    with_it = outer.step(outs(tmp_path, 1), model=model, momentum=momentum, shares=given, outer=OUTER)
-    without = outer.step(outs(tmp_path, 2), model=model, momentum=momentum, shares=[given[0], given[2]], outer=OUTER)
+    with_it = outer.Step(outs(tmp_path, 1), model=model, momentum=momentum, shares=given, outer=OUTER).take()
+    without = outer.Step(
+        outs(tmp_path, 2), model=model, momentum=momentum, shares=[given[0], given[2]], outer=OUTER
+    ).take()
     assert with_it.model.digest == without.model.digest
 
 
 def test_no_samples_at_all_are_not_a_step(tmp_path):
     model, momentum = start(tmp_path)
     with pytest.raises(RemoteProtocolError, match="a total weight of zero is not a step"):
-        outer.step(
+        outer.Step(
             outs(tmp_path, 1),
             model=model,
             momentum=momentum,
             shares=shares(tmp_path, samples=(0, 0, 0)),
             outer=OUTER,
-        )
+        ).take()
 
 
 def test_a_step_that_overflows_is_refused_and_leaves_no_file(tmp_path):
@@ -204,13 +206,13 @@ def test_a_step_that_overflows_is_refused_and_leaves_no_file(tmp_path):
     large = write(tmp_path / "large", {name: torch.full(shape, 3e38) for name, shape in SHAPES.items()})
     before = set(tmp_path.iterdir())
     with pytest.raises(RemoteProtocolError, match="tensor 'embed' not finite"):
-        outer.step(
+        outer.Step(
             outs(tmp_path, 1),
             model=model,
             momentum=momentum,
             shares=[outer.Share(large, 1, "peer-1")],
             outer=OUTER,
-        )
+        ).take()
     assert set(tmp_path.iterdir()) == before
 
 
@@ -226,15 +228,15 @@ def test_merging_in_peer_order_is_what_makes_arrival_order_irrelevant(tmp_path):
     digests = set()
     for order in itertools.permutations(range(3)):
         arrived = sorted(shares(tmp_path, order), key=lambda share: share.name)
-        stepped = outer.step(
+        stepped = outer.Step(
             outs(tmp_path, "".join(map(str, order))), model=model, momentum=momentum, shares=arrived, outer=OUTER
-        )
+        ).take()
         digests.add(stepped.model.digest)
     assert len(digests) == 1
     unsorted = {
-        outer.step(
-            outs(tmp_path, "x"), model=model, momentum=momentum, shares=shares(tmp_path, order), outer=OUTER
-        ).record.digest
+        outer.Step(outs(tmp_path, "x"), model=model, momentum=momentum, shares=shares(tmp_path, order), outer=OUTER)
+        .take()
+        .record.digest
         for order in itertools.permutations(range(3))
     }
     assert len(unsorted) > 1
