@@ -24,10 +24,10 @@ from hypha.dataset import open_dataset
 from hypha.dataset_tool import prepare
 from hypha.demo.corpus import standard_library
 from hypha.protocol.job import InnerOptimizer, ModelSpec, OuterOptimizer, Schedule
+from hypha.training.arithmetic import mean, nesterov
 from hypha.training.batches import Batch, Rows
 from hypha.training.inner import InnerLoop, loss_of
 from hypha.training.models import build, parameters_of
-from hypha.training.outer import mean, nesterov
 
 MODEL: dict[str, Any] = {
     "model_type": "llama",

@@ -11,7 +11,7 @@ Every path is relative to the job's work directory and confined to it. Files nam
 the executor from then on: it deletes what it no longer needs. JSON objects carry their type in "type".
 
 A training executor:   FetchBase → BaseReady → [FetchSamples, inner steps, TrainProgress …, SendUpdate, UpdateArrived] …
-An aggregate executor: StateReady → [Screen → Screened …, Merge → MergeDone, RoundCommitted, EvaluationDone] …
+An aggregate executor: StateReady → [Prepare, Screen → Screened …, Merge → UpdateMade, MergeDone, RoundCommitted] …
 """
 
 from typing import Annotated
@@ -233,6 +233,18 @@ class MergeInput(Struct, frozen=True, kw_only=True):
     file: FileRef
 
 
+class Prepare(BridgeMessage, frozen=True, kw_only=True):
+    """Aggregate: these are what round `round` will be closed with, unless something happens; some still arrive.
+
+    Of those the file is at its path with `.part` behind it, and grows. Nothing is answered: a Merge with the same
+    inputs may be answered sooner. A later Prepare supersedes this one, and so does any Merge.
+    """
+
+    round: Count
+    base_digest: Digest
+    inputs: tuple[MergeInput, ...]
+
+
 class Merge(BridgeMessage, frozen=True, kw_only=True):
     """Aggregate: close round `round` on its base with these; always from the state before the round."""
 
@@ -248,7 +260,7 @@ class Stop(BridgeMessage, frozen=True, kw_only=True):
     reason: Reason
 
 
-Event = ViewChanged | UpdateArrived | RoundCommitted | Screen | Merge | Stop
+Event = ViewChanged | UpdateArrived | RoundCommitted | Screen | Prepare | Merge | Stop
 
 
 # --- status ----------------------------------------------------------------------------------------------------------
@@ -290,7 +302,8 @@ class Screened(BridgeMessage, frozen=True, kw_only=True):
 class UpdateMade(BridgeMessage, frozen=True, kw_only=True):
     """First part of the answer to Merge: what is subtracted, and the digest of the model that it leads to.
 
-    It may be sent to those who train; MergeDone follows, with the same update.
+    It may be sent to those who train; MergeDone follows, with the same update. Answered when they have it, or after a
+    second: what is left to do then disturbs nobody.
     """
 
     round: Count

@@ -59,6 +59,18 @@ class MergePlan(Struct, frozen=True, kw_only=True):
     drop: tuple[Contribution, ...]
 
 
+class Foreseen(Struct, frozen=True, kw_only=True):
+    """What the open round's Close will name unless something happens; `tickets` are of those that still arrive.
+
+    Both in (peer id, fence) order, empty contributions left out; a ticket is None where the update is held.
+    """
+
+    round: int
+    base_digest: str
+    inputs: tuple[Contribution, ...]
+    tickets: tuple[int | None, ...]
+
+
 class ViewTaken(Struct, frozen=True, kw_only=True):
     """What a view did. Send `collected()` if it changed anything; then delete the spooled files in `drop`.
 
@@ -256,6 +268,26 @@ class Collector:
             view=view.view,
             contributions=self._open.contributions(),
             merged=self._open.merged,
+        )
+
+    def foreseen(self) -> Foreseen | None:
+        """Return what will be merged once all that arrives is here; None while a member has not begun to send."""
+        view, generation = self.guard.view, self._open
+        if view is None or generation is None or generation.request is not None:
+            return None
+        named: list[tuple[Contribution, int | None]] = []
+        for key in sorted((member.peer_id, member.fence) for member in view.members):
+            ticket, push = self._arriving.get(key, (None, None))
+            contribution = generation.held.get(key) if push is None else push.contribution
+            if contribution is None or contribution.base_digest != generation.base_digest:
+                return None
+            if contribution.samples:
+                named.append((contribution, ticket))
+        return Foreseen(
+            round=generation.round,
+            base_digest=generation.part,
+            inputs=tuple(contribution for contribution, _ in named),
+            tickets=tuple(ticket for _, ticket in named),
         )
 
     # --- closing --------------------------------------------------------------------------------------------------

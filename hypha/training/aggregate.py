@@ -1,6 +1,7 @@
 """The parameter server's executor: `python -m hypha.training.aggregate --socket S --work-dir W --job J`.
 
     StateReady(r) ─▶ ┌─ Screen(update) ─▶ Screened ──────────────────────┐
+                     ├─ Prepare(r+1, inputs): begin with what has come of them, in a thread (`ahead`)
                      ├─ Merge(r+1, close, inputs) ─▶ UpdateMade(U)        │ from the state of round r, every time
                      │                            └─▶ MergeDone(θ, v, Δ̄, U)│
                      ├─ RoundCommitted(r+1) ─▶ r+1 is the state ──────────┤
@@ -14,6 +15,7 @@ Where several servers share the model, each does all this with its own tensors; 
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from hypha.protocol.bridge import (
     Merge,
     MergeDone,
     MergeFailed,
+    Prepare,
     Report,
     ResumeFetched,
     RoundCommitted,
@@ -40,6 +43,7 @@ from hypha.protocol.job import JobSpec
 from hypha.protocol.shards import split
 from hypha.telemetry import get_logger, span_from
 from hypha.training import coded, executor, models, outer, tensors
+from hypha.training.ahead import Ahead, Begun, in_order, name_of
 from hypha.training.evaluate import Evaluator
 from hypha.training.session import Session
 from hypha.training.shapes import shapes_of
@@ -74,7 +78,8 @@ class Aggregator:
     ) -> None:
         """`fragments` are the whole model's; None: all of it is here."""
         self.session, self.job, self.work_dir = session, job, work_dir
-        self.evaluator = evaluator
+        self.evaluator, self.ahead = evaluator, Ahead(work_dir)
+        self.prepared = 0
         self.state = state
         self.outcome: MergeDone | None = None
         self.shapes = tensors.layout_of(work_dir / state.model.path).shapes()
@@ -86,16 +91,19 @@ class Aggregator:
         """Serve events until Stop. Raises BridgeClosed."""
         self._report(StateReady(round=self.state.round, model=self.state.model, momentum=self.state.momentum))
         self.evaluator.submit(self.state.round, self.state.model)
-        while not self.over:
-            event = self.session.next_event(EVENT_WAIT_S)
-            if event is not None:
-                self.take(event)
+        with self.ahead:
+            while not self.over:
+                event = self.session.next_event(EVENT_WAIT_S)
+                if event is not None:
+                    self.take(event)
 
     def take(self, event: Event) -> None:
         """Act on one event."""
         match event:
             case Screen():
                 self.screen(event)
+            case Prepare():
+                self.prepare(event)
             case Merge():
                 self.merge(event)
             case RoundCommitted():
@@ -109,11 +117,25 @@ class Aggregator:
         self.files.setdefault(event.round, set()).add(event.file.path)
         with span_from(event.traceparent, "screen", round=event.round) as span:
             shapes = self.fragments.among(self.shapes, event.round)
-            refusal = coded.screen(self.work_dir / event.file.path, shapes, self.job.compression.upward)
+            refusal = None
+            if not self.ahead.found_sound(event.file):
+                refusal = coded.screen(self.work_dir / event.file.path, shapes, self.job.compression.upward)
             if refusal is not None:
                 refusal = self.fragments.say(event.round) + refusal
                 span.fail(refusal)
             self._report(Screened(ticket=event.ticket, refusal=refusal))
+
+    def prepare(self, event: Prepare) -> None:
+        """Begin the step that a Merge will ask for, where the base that it begins with is here."""
+        states = [self.state]
+        if self.outcome is not None:
+            states.append(State(self.outcome.round, self.outcome.model, self.outcome.momentum))
+        for state in states:
+            if (state.round + 1, state.model.digest) == (event.round, event.base_digest):
+                self.prepared += 1
+                outs = self._outs(event.round, f"ahead-{self.prepared}")
+                return self.ahead.prepare(event, partial(self._step, event.round, state, outs))
+        return self.ahead.give_up()
 
     def merge(self, event: Merge) -> None:
         """Close a round from the state before it; a close that was already answered is answered the same."""
@@ -142,29 +164,34 @@ class Aggregator:
             raise RemoteProtocolError(f"round {event.round} cannot follow the state after round {self.state.round}")
         if event.base_digest != self.state.model.digest:
             raise RemoteProtocolError(f"base {event.base_digest} is not ours, {self.state.model.digest}")
+        begun = self.ahead.take(event)
         self._drop_outcome()
-        outs = self._outs(event.round, event.close)
-        step = outer.Step(
-            outs,
-            model=self.work_dir / self.state.model.path,
-            momentum=self.work_dir / self.state.momentum.path,
-            shares=[
-                outer.Share(self.work_dir / one.file.path, one.samples, f"{one.peer_id}/{one.fence}")
-                for one in sorted(event.inputs, key=lambda one: (one.peer_id, one.fence))
-            ],
-            outer=self.job.outer,
-            upward=self.job.compression.upward,
-            downward=self.job.compression.downward,
-            fragment=self.fragments.of(event.round),
-        )
-        made = step.make()
+        if begun is None:
+            shares = [
+                outer.Share(self.work_dir / one.file.path, one.samples, name_of(one)) for one in in_order(event.inputs)
+            ]
+            step = self._step(event.round, self.state, self._outs(event.round, str(event.close)), shares)
+            begun = Begun(step, step.make())
+        step, made = begun.step, begun.made
         update = made.update.ref(self.work_dir)
         files = self.files.setdefault(event.round, set())
-        files.update(str(path.relative_to(self.work_dir)) for path in outs.values())
+        files.update(str(path.relative_to(self.work_dir)) for path in step.outs.values())
         self._report(UpdateMade(round=event.round, close=event.close, model_digest=made.model_digest, update=update))
         stepped = tensors.aside(lambda: step.keep(made)).result()
         refs = {part: getattr(stepped, part).ref(self.work_dir) for part in outer.PARTS}
         return MergeDone(round=event.round, close=event.close, update_norm=stepped.update_norm, **refs)
+
+    def _step(self, round_: int, state: State, outs: Mapping[str, Path], shares: Sequence[outer.Share]) -> outer.Step:
+        return outer.Step(
+            outs,
+            model=self.work_dir / state.model.path,
+            momentum=self.work_dir / state.momentum.path,
+            shares=shares,
+            outer=self.job.outer,
+            upward=self.job.compression.upward,
+            downward=self.job.compression.downward,
+            fragment=self.fragments.of(round_),
+        )
 
     def commit(self, event: RoundCommitted) -> None:
         """Round `event.round` can no longer be lost: what came before it may go."""
@@ -191,8 +218,8 @@ class Aggregator:
                 (self.work_dir / ref.path).unlink(missing_ok=True)
                 self.files.get(done.round, set()).discard(ref.path)
 
-    def _outs(self, round_: int, close: int) -> dict[str, Path]:
-        return {part: self.work_dir / f"{part}-{round_}-{close}.safetensors" for part in outer.PARTS}
+    def _outs(self, round_: int, which: str) -> dict[str, Path]:
+        return {part: self.work_dir / f"{part}-{round_}-{which}.safetensors" for part in outer.PARTS}
 
     def _report(self, report: Report) -> None:
         self.session.report(report)

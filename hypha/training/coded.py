@@ -14,6 +14,7 @@ import torch
 from hypha.errors import RemoteProtocolError
 from hypha.protocol.compression import CHUNK_ELEMENTS, Coding
 from hypha.training import codecs, tensors
+from hypha.training.arriving import Arriving
 from hypha.training.tensors import PIECE_ELEMENTS, FileWriter, Piece, Reader, Shapes, pieces_of
 
 # Randomness by tensor: a tensor is coded the same whichever others share its file.
@@ -45,8 +46,8 @@ class CodedWriter(FileWriter):
 class CodedReader:
     """Reads one coded file of a model's shapes. Raises RemoteProtocolError naming the file and the fault."""
 
-    def __init__(self, path: Path, shapes: Shapes, coding: Coding) -> None:
-        self._file, self._shapes, self._coding = Reader(path), shapes, coding
+    def __init__(self, path: Path, shapes: Shapes, coding: Coding, arriving: Arriving | None = None) -> None:
+        self._file, self._shapes, self._coding = Reader(path, arriving), shapes, coding
         fault = coding.mismatch(self._file.layout, shapes)
         if fault is not None:
             raise RemoteProtocolError(f"{path.name}: {fault}")

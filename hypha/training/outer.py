@@ -4,11 +4,10 @@
     Δ̄  = Σ (n_i / N) · Δ_i                  in (peer id, fence) order, n_i samples of N
     v' = μ·v + Δ̄      U = lr·(μ·v' + Δ̄)      θ' = θ − U
 
-Everything is fp32 on the CPU with every multiply and every add rounded by itself: no fused multiply-add, so no `alpha=`
-and no `addcmul`. One kernel's contraction would change the last bit from machine to machine, and records replayed
-elsewhere would not give the committed model. All files are walked together in pieces of a tensor: a merge needs the
-memory of a dozen pieces, however large the model and however many the workers. A step walks twice (`Step`): once for
-what the workers wait for, U and the digest of θ', and for Δ̄; then for v' and θ', while U travels.
+Everything is fp32 on the CPU, the same bits on every machine (`arithmetic`). All files are walked together in pieces
+of a tensor: a merge needs the memory of a dozen pieces, however large the model and however many the workers. A step
+walks twice (`Step`): once for what the workers wait for, U and the digest of θ', and for Δ̄; then for v' and θ', while U
+travels. The first walk may begin while contributions still arrive (`ahead`).
 
 Where updates are coded (hypha.protocol.compression), U is what the coded file decodes to, here as at the workers. What
 coding lost is owed: with a coding that wants feedback it is added to the next U, and until then lies beside the
@@ -19,7 +18,7 @@ tensors of one; model and momentum stay whole, and what is not of the fragment i
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,6 +28,8 @@ from msgspec import Struct
 from hypha.errors import RemoteProtocolError
 from hypha.protocol.compression import PLAIN, Coding
 from hypha.protocol.job import OuterOptimizer
+from hypha.training.arithmetic import mean, nesterov
+from hypha.training.arriving import Arriving
 from hypha.training.coded import CodedReader, CodedWriter, Generators
 from hypha.training.tensors import Digester, Piece, Reader, Shapes, Writer, Written, is_finite, mismatch, pieces_of
 
@@ -41,6 +42,7 @@ class Share(Struct, frozen=True):
     path: Path
     samples: int
     name: str  # for people: whose it is
+    arriving: Arriving | None = None  # the same file, where it may not be whole yet
 
 
 class Stepped(Struct, frozen=True):
@@ -51,34 +53,6 @@ class Stepped(Struct, frozen=True):
     record: Written
     update: Written
     update_norm: float = 0.0
-
-
-def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """factor · tensor, the factor rounded to fp32 first, one rounding per element."""
-    return tensor * torch.tensor(factor, dtype=torch.float32)
-
-
-def mean(weighted: Iterable[tuple[torch.Tensor, int]], *, samples: int) -> torch.Tensor:
-    """Mean of (tensor, its samples), added up in the order given; `samples` is the sum of all.
-
-    Holds three tensors: the sum, the one read and its share. An only contributor weighs exactly 1.
-    """
-    parts = iter(weighted)
-    first, count = next(parts)
-    total, part = scaled(first, count / samples), torch.empty_like(first)
-    for tensor, count in parts:
-        torch.mul(tensor, torch.tensor(count / samples, dtype=torch.float32), out=part)
-        total += part
-    return total
-
-
-def nesterov(
-    momentum: torch.Tensor, gradient: torch.Tensor, outer: OuterOptimizer
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (v', U) for one tensor; θ' is θ − U."""
-    velocity = scaled(momentum, outer.momentum) + gradient
-    update = scaled(scaled(velocity, outer.momentum) + gradient, outer.learning_rate)
-    return velocity, update
 
 
 def pseudo_gradient(
@@ -185,13 +159,13 @@ class Step:
         counted = [share for share in shares if share.samples > 0]
         if not counted:
             raise RemoteProtocolError("a total weight of zero is not a step")
-        self._outs, self._outer, self._downward = outs, outer, downward
+        self.outs, self._outer, self._downward = outs, outer, downward
         self._theta = Reader(model)
         self._shapes = self._theta.layout.shapes()
         self._moved = _moved(self._shapes, fragment)
         self._velocity = Velocity(momentum, self._shapes)
         self._deltas = [
-            (_coded(share.path, self._moved, upward, f"contribution of {share.name}"), share.samples)
+            (_coded(share.path, self._moved, upward, f"contribution of {share.name}", share.arriving), share.samples)
             for share in counted
         ]
         self._samples = sum(share.samples for share in counted)
@@ -200,8 +174,8 @@ class Step:
         """Write U and Δ̄. Raises RemoteProtocolError: the result is not finite. Then neither file is left."""
         squares, digest = 0.0, Digester(self._shapes)
         with (
-            CodedWriter(self._outs["update"], self._moved, self._downward) as sent,
-            Writer(self._outs["record"], self._moved) as record,
+            CodedWriter(self.outs["update"], self._moved, self._downward) as sent,
+            Writer(self.outs["record"], self._moved) as record,
         ):
             for piece in self._theta.pieces():
                 before = self._theta.part(piece)
@@ -223,7 +197,7 @@ class Step:
         """Write θ' and v', which follow from what `make` wrote: contributions are not needed any more."""
         feedback, held = self._downward.feedback, pairs(self._shapes) if self._downward.feedback else self._shapes
         sent, record = _coded(made.update.path, self._moved, self._downward, "update"), Reader(made.record.path)
-        with Writer(self._outs["model"], self._shapes) as model, Writer(self._outs["momentum"], held) as momentum:
+        with Writer(self.outs["model"], self._shapes) as model, Writer(self.outs["momentum"], held) as momentum:
             for piece in self._theta.pieces():
                 before = self._theta.part(piece)
                 if piece.name not in self._moved:
@@ -282,9 +256,9 @@ def paired(speed: torch.Tensor, owed: torch.Tensor) -> torch.Tensor:
     return torch.stack((speed, owed), dim=1).reshape(-1)
 
 
-def _coded(path: Path, shapes: Shapes, coding: Coding, what: str) -> CodedReader:
+def _coded(path: Path, shapes: Shapes, coding: Coding, what: str, arriving: Arriving | None = None) -> CodedReader:
     try:
-        return CodedReader(path, shapes, coding)
+        return CodedReader(path, shapes, coding, arriving)
     except RemoteProtocolError as error:
         raise RemoteProtocolError(f"{what}: {error}") from error
 

@@ -19,6 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, cast
@@ -31,6 +32,7 @@ from hypha.errors import RemoteProtocolError, StoreError
 from hypha.protocol.bridge import FileRef
 from hypha.protocol.compression import PLAIN
 from hypha.protocol.tensorfile import LENGTH_BYTES, Layout, TensorSpec, header_length, layout, parse_header
+from hypha.training.arriving import Arriving
 
 Shapes = Mapping[str, tuple[int, ...]]
 T = TypeVar("T")
@@ -235,9 +237,11 @@ class Reader:
     Raises RemoteProtocolError naming the file and the fault.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, arriving: Arriving | None = None) -> None:
+        """`arriving`: the same file, of which what is asked for is waited for."""
         self.path = path
-        self.layout = layout_of(path)
+        self._arriving = arriving
+        self.layout = layout_of(path) if arriving is None else _layout(path, arriving.until, arriving.size)
         self.names = sorted(self.layout.tensors)
 
     def pieces(self) -> Iterator[Piece]:
@@ -265,13 +269,22 @@ class Reader:
             return torch.empty(0, dtype=torch.uint8)
         at = placed.start + start
         page = at // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb", buffering=0) as file:
+        with self._until(placed.start + stop) as descriptor:
             try:
-                window = mmap.mmap(file.fileno(), at - page + stop - start, access=mmap.ACCESS_COPY, offset=page)
+                window = mmap.mmap(descriptor, at - page + stop - start, access=mmap.ACCESS_COPY, offset=page)
             except ValueError as error:
                 raise RemoteProtocolError(f"{self.path.name}: tensor {name!r} is cut short") from error
         data = torch.frombuffer(window, dtype=torch.uint8, count=stop - start, offset=at - page)
         return data if at % WORD_BYTES == 0 else data.clone()
+
+    @contextmanager
+    def _until(self, stop: int) -> Iterator[int]:
+        """Yield a descriptor from which the bytes before `stop` can be read."""
+        if self._arriving is not None:
+            yield self._arriving.until(stop)
+            return
+        with self.path.open("rb", buffering=0) as file:
+            yield file.fileno()
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, whole, as `raw` does."""
@@ -291,12 +304,18 @@ def layout_of(path: Path) -> Layout:
     """Read and check a file's header. Raises RemoteProtocolError naming the file and the fault."""
     try:
         with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = os.pread(file.fileno(), LENGTH_BYTES, 0)
-            header = os.pread(file.fileno(), header_length(prefix, file_bytes=size), 0)
-        return parse_header(header, file_bytes=size)
+            descriptor = file.fileno()
+            return _layout(path, lambda _stop: descriptor, os.fstat(descriptor).st_size)
     except OSError as error:
         raise RemoteProtocolError(f"{path}: {error.strerror}") from error
+
+
+def _layout(path: Path, until: Callable[[int], int], size: int) -> Layout:
+    """Read the header of a file of `size` bytes; `until(stop)` gives a descriptor of its bytes before `stop`."""
+    try:
+        prefix = os.pread(until(LENGTH_BYTES), LENGTH_BYTES, 0)
+        length = header_length(prefix, file_bytes=size)
+        return parse_header(os.pread(until(length), length, 0), file_bytes=size)
     except RemoteProtocolError as error:
         raise RemoteProtocolError(f"{path.name}: {error}") from error
 

@@ -1,6 +1,6 @@
 """A parameter server as its worker sees it: `protocol.collect` decides, the executor computes, this moves the bytes.
 
-workers ── PushUpdate ──▶ spool ── Screen ──▶ executor ── Screened ──▶ held ── Collected ──▶ scheduler
+workers ── PushUpdate ──▶ spool ── Prepare, Screen ──▶ executor ── Screened ──▶ held ── Collected ──▶ scheduler
 scheduler ── CloseRound ──▶ Merge ──▶ executor ── MergeDone ──▶ Merged ──▶ scheduler
                             └── UpdateMade ──▶ OuterUpdate ──▶ every member and follower
 anyone in the job ── FetchModel ──▶ model, momentum, record, update by digest
@@ -14,14 +14,13 @@ from msgspec.structs import replace
 from hypha.errors import Refused, RemoteProtocolError, StoreError
 from hypha.network.artifacts import serve_artifact
 from hypha.network.seam import Stream
-from hypha.network.transfer import partial_path, receive_file
+from hypha.network.transfer import receive_file
 from hypha.protocol import bridge
 from hypha.protocol.collect import Collector, MergePlan, Screening, Take
 from hypha.protocol.messages import (
     Accepted,
     CloseRound,
     Committed,
-    Contribution,
     Evaluated,
     FetchModel,
     Member,
@@ -39,16 +38,18 @@ from hypha.protocol.tensorfile import DIGEST_ALGORITHM
 from hypha.protocol.views import Verdict, refusal
 from hypha.telemetry import extracted, get_logger, inject, span
 from hypha.worker.broadcast import Broadcast
-from hypha.worker.merges import merge_of, merged_of, outgoing_of
+from hypha.worker.merges import merged_of, outgoing_of
 from hypha.worker.resume import fetch_resume
 from hypha.worker.session import JobContext, Session
 from hypha.worker.shares import fetch_others, misfit
+from hypha.worker.spool import Spool
 
 log = get_logger("worker.aggregator")
 
 # A Close is answered Merging after this long, so that no request outlives its sender's patience.
 MERGE_ANSWER_S = 5.0
-SPOOL = "spool"
+# What follows an update, and makes it durable, waits so long at most for the update's delivery.
+KEEP_WAIT_S = 1.0
 
 
 class AggregateSession(Session):
@@ -58,7 +59,8 @@ class AggregateSession(Session):
         super().__init__(context)
         self._collector: Collector | None = None
         self._pending_view: tuple[RoundView, str] | None = None
-        self._spooled: dict[tuple[str, int, str], bridge.FileRef] = {}  # this shard's part, by the whole's digest
+        self._spool = Spool(context.directory)
+        self._prepared: bridge.Prepare | None = None  # what the executor was told last
         self._awaited: set[int] = set()  # tickets that the executor has been asked to screen
         self._screenings: dict[int, str | None] = {}  # refusals by ticket, once the executor has judged
         self._plans: dict[tuple[int, int], str] = {}  # base digest by (round, close) of the merges under way
@@ -67,7 +69,7 @@ class AggregateSession(Session):
 
     async def run(self) -> None:
         """Keep the scheduler informed and send what is merged, until cancelled or failed."""
-        await self.context.runtime.run_blocking(_make_spool, self.context.directory / SPOOL)
+        await self.context.runtime.run_blocking(self._spool.make)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.watch)
             nursery.start_soon(self.outbox.run)
@@ -85,7 +87,7 @@ class AggregateSession(Session):
             raise Refused(taken.stale, "stale")
         if not taken.changed:
             return
-        self._forget(taken.drop)
+        self._spool.forget(taken.drop)
         if taken.unservable is not None:
             self.fail(taken.unservable)
         self.guard.observe(view, peer_id)
@@ -111,19 +113,13 @@ class AggregateSession(Session):
         gone = self._collector.committed(message, peer_id)
         if isinstance(gone, Verdict):
             raise refusal(gone)
-        self._forget(gone)
+        self._spool.forget(gone)
         for digest in [d for d, (held_round, _) in self._artifacts.items() if held_round < message.round]:
             del self._artifacts[digest]
         self._plans = {key: base for key, base in self._plans.items() if key[0] > message.round}
         mine = part_of(message.digest, message.parts, self._collector.shard) or message.digest
         super().committed(replace(message, digest=mine), peer_id)
         self._tell_ready()
-
-    def _forget(self, contributions: tuple[Contribution, ...]) -> None:
-        for gone in contributions:
-            file = self._spooled.pop((gone.peer_id, gone.fence, gone.digest), None)
-            if file is not None:
-                (self.context.directory / file.path).unlink(missing_ok=True)
 
     # --- pushes ---------------------------------------------------------------------------------------------------
 
@@ -144,39 +140,50 @@ class AggregateSession(Session):
         assert isinstance(answer, Accepted | Rebase | UpdateRefused)
         await stream.send_message(answer)
 
-    async def _take(
-        self, collector: Collector, stream: Stream, header: PushUpdate, ticket: int
-    ) -> Accepted | Rebase | Verdict:
-        contribution, part = header.contribution, header.part
-        path = self.context.directory / SPOOL / f"{ticket}.safetensors"
-        file = bridge.FileRef(path=f"{SPOOL}/{path.name}", bytes=part.bytes, digest=part.digest)
+    async def _take(self, collector: Collector, stream: Stream, header: PushUpdate, ticket: int) -> Accepted | Verdict:
+        try:
+            with self._spool.arriving(ticket, header.part) as (path, file):
+                self._prepare(collector)
+                judged = await self._judged(collector, stream, header, ticket, path, file)
+        except StoreError as error:
+            self.fail(str(error))
+            raise Refused(f"the update cannot be stored: {error}", "retry") from error
+        if isinstance(judged, Accepted):
+            self._spool.keep(header.contribution, file)
+            self._collected_changed()
+        else:
+            path.unlink(missing_ok=True)
+        return judged
+
+    async def _judged(
+        self, collector: Collector, stream: Stream, header: PushUpdate, ticket: int, path: Path, file: bridge.FileRef
+    ) -> Accepted | Verdict:
         try:
             await receive_file(
                 stream,
                 path,
-                size=part.bytes,
-                digest=part.digest,
+                size=file.bytes,
+                digest=file.digest,
                 algorithm=DIGEST_ALGORITHM,
-                offset=0,
                 runtime=self.context.runtime,
             )
             judged = collector.landed(ticket)
             if isinstance(judged, Screening):
                 judged = collector.screened(ticket, await self._screen(ticket, header.round, file))
-        except BaseException as error:
+        except BaseException:
             collector.lost(ticket)
-            path.unlink(missing_ok=True)
-            partial_path(path).unlink(missing_ok=True)
-            if isinstance(error, StoreError):
-                self.fail(str(error))
-                raise Refused(f"the update cannot be stored: {error}", "retry") from error
             raise
-        if isinstance(judged, Accepted):
-            self._spooled[contribution.peer_id, contribution.fence, contribution.digest] = file
-            self._collected_changed()
-        else:
-            path.unlink(missing_ok=True)
         return judged
+
+    def _prepare(self, collector: Collector) -> None:
+        """Have the executor begin, once everybody's update is here or on its way."""
+        foreseen = collector.foreseen()
+        if foreseen is None or not foreseen.inputs:
+            return
+        prepare = self._spool.prepare(foreseen, self.round_trace())
+        if prepare != self._prepared:
+            self._prepared = prepare
+            self.emit(prepare)
 
     async def _screen(self, ticket: int, round_pushed: int, file: bridge.FileRef) -> str | None:
         self.owed.owe(("screen", ticket))
@@ -215,10 +222,10 @@ class AggregateSession(Session):
         return answer
 
     def _merge(self, plan: MergePlan) -> None:
-        self._forget(plan.drop)
+        self._spool.forget(plan.drop)
         self._plans[plan.round, plan.close] = plan.base_digest
         self.owed.owe(("merge", plan.round, plan.close))
-        self.emit(merge_of(plan, self._spooled))
+        self.emit(self._spool.merge(plan))
 
     # --- what is held ---------------------------------------------------------------------------------------------
 
@@ -276,6 +283,9 @@ class AggregateSession(Session):
                 self._screened(report)
             case bridge.UpdateMade():
                 self._update_made(report)
+                self.wake()
+                # The executor goes on to what nobody waits for, and would take cores and memory from the sending.
+                await self._broadcast.delivered(KEEP_WAIT_S)
             case bridge.MergeDone():
                 self._merge_done(report)
             case bridge.MergeFailed():
@@ -383,7 +393,3 @@ class AggregateSession(Session):
             samples=report.samples,
         )
         self.tell(f"evaluated {report.round}", evaluated)
-
-
-def _make_spool(path: Path) -> None:
-    path.mkdir(exist_ok=True)

@@ -44,6 +44,7 @@ class Sending(Protocol):
     """What a broadcast needs of its session."""
 
     context: JobContext
+    stopped: bool
 
     @property
     def view(self) -> RoundView | None:
@@ -76,7 +77,7 @@ class Broadcast:
         self._path: Path | None = None
         self._trace: str | None = None
         self._over: set[tuple[str, int, int]] = set()  # recipients done with, by lease, round and close
-        self._patience_ends = 0.0
+        self._announced_at = 0.0
         self._limiter = trio.CapacityLimiter(session.context.transfers.at_once)
 
     def announce(self, newest: Outgoing, path: Path, traceparent: str | None) -> None:
@@ -84,12 +85,15 @@ class Broadcast:
         if newest == self._newest:
             return
         self._newest, self._path, self._trace = newest, path, traceparent
-        self._patience_ends = trio.current_time() + DELIVERY_WAIT_S
+        self._announced_at = trio.current_time()
 
-    async def delivered(self) -> None:
-        """Wait until everybody in the view has the newest update, DELIVERY_WAIT_S after it was announced at most."""
-        with trio.move_on_at(self._patience_ends):
-            while any(key not in self._over for key, _ in self._recipients()):
+    async def delivered(self, patience_s: float = DELIVERY_WAIT_S) -> None:
+        """Wait until everybody in the view has the newest update, or the session ends; so long after it was announced.
+
+        DELIVERY_WAIT_S is the most.
+        """
+        with trio.move_on_at(self._announced_at + min(patience_s, DELIVERY_WAIT_S)):
+            while not self._session.stopped and any(key not in self._over for key, _ in self._recipients()):
                 await self._session.changed()
 
     def _recipients(self) -> list[tuple[tuple[str, int, int], Member]]:

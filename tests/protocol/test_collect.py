@@ -67,10 +67,9 @@ def server(*pushes):
 
 
 def hold(made, message):
-    taken = made.offer(message, message.contribution.peer_id)
-    assert isinstance(taken, Take)
-    landed = made.landed(taken.ticket)
-    return made.screened(taken.ticket, None) if isinstance(landed, Screening) else landed
+    ticket = take(made, message)
+    landed = made.landed(ticket)
+    return made.screened(ticket, None) if isinstance(landed, Screening) else landed
 
 
 def merged_server():
@@ -78,6 +77,12 @@ def merged_server():
     plan = made.close(close((A, "d"), (B, "e")), "sched")
     assert made.merge_done(outcome(plan))
     return made
+
+
+def take(made, message):
+    taken = made.offer(message, message.contribution.peer_id)
+    assert isinstance(taken, Take)
+    return taken.ticket
 
 
 def held(made):
@@ -354,3 +359,41 @@ def test_a_new_incarnation_of_the_scheduler_finds_what_was_collected_and_merged(
     assert (message.job_epoch, len(message.contributions), message.merged.close) == (2, 2, 1)
     assert "job epoch 1 is over" in made.close(close((A, "d"), number=9), "sched").reason
     assert isinstance(made.close(close((A, "d"), number=2, epoch=2), "standby"), MergePlan)
+
+
+def test_what_will_be_merged_is_foreseen_once_every_member_has_begun_to_send():
+    collector = server()
+    assert collector.foreseen() is None
+    ticket = take(collector, push(B, digest="b"))
+    assert collector.foreseen() is None
+    other = take(collector, push(A, digest="a"))
+    foreseen = collector.foreseen()
+    assert foreseen is not None
+    assert (foreseen.round, foreseen.base_digest, foreseen.tickets) == (1, BASE, (other, ticket))
+    assert [each.peer_id for each in foreseen.inputs] == ["a", "b"]
+    collector.landed(other)
+    collector.screened(other, None)
+    assert collector.foreseen() == replace(foreseen, tickets=(None, ticket))
+    collector.lost(ticket)
+    assert collector.foreseen() is None
+
+
+def test_nobody_waits_for_an_empty_contribution_and_nothing_is_foreseen_after_a_close():
+    collector = server()
+    hold(collector, push(A, samples=0, digest="0"))
+    hold(collector, push(B, digest="b"))
+    foreseen = collector.foreseen()
+    assert foreseen is not None
+    assert [each.peer_id for each in foreseen.inputs] == ["b"]
+    assert isinstance(collector.close(close((A, "0"), (B, "b")), "sched"), MergePlan)
+    assert collector.foreseen() is None
+
+
+def test_a_later_transfer_of_the_same_lease_is_the_one_that_is_foreseen():
+    collector = server()
+    hold(collector, push(B, digest="e"))
+    take(collector, push(A, digest="a"))
+    later = take(collector, push(A, digest="a"))
+    foreseen = collector.foreseen()
+    assert foreseen is not None
+    assert foreseen.tickets == (later, None)

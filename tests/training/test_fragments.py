@@ -10,7 +10,7 @@ from hypha.protocol.bridge import MergeDone, Screen, Screened, TrainProgress
 from hypha.protocol.compression import CODECS, Coding, Compression
 from hypha.protocol.fragments import Fragments, Streaming
 from hypha.protocol.job import DatasetRef, HeldOutSlice, InnerOptimizer, ModelSpec, OuterOptimizer, Rounds
-from hypha.training import aggregate, executor, local, models, outer, tensors
+from hypha.training import aggregate, arithmetic, executor, local, models, outer, tensors
 from hypha.training.batches import Rows
 from hypha.training.inner import InnerLoop
 from tests.training.running import Executor, finish, start_server, start_workers, wait
@@ -106,7 +106,7 @@ def slowly(spec, slice_path, rounds, batches):
             loop.step(rows.read(8 * batch, 8 * batch + 8), round_=number)
         for name in sorted(fragments.of(number)):
             gradient = model[name] - mine[name].detach()
-            momentum[name], update = outer.nesterov(momentum[name], gradient, spec.outer)
+            momentum[name], update = arithmetic.nesterov(momentum[name], gradient, spec.outer)
             model[name] = model[name] - update
             with torch.no_grad():
                 mine[name].lerp_(model[name], spec.streaming.mixing)

@@ -9,7 +9,7 @@ import torch
 from hypha.errors import RemoteProtocolError
 from hypha.protocol.compression import Coding
 from hypha.protocol.job import OuterOptimizer
-from hypha.training import outer, tensors
+from hypha.training import arithmetic, outer, tensors
 from tests.training.golden import golden
 
 SHAPES = {"embed": (5, 3), "norm": (3,)}
@@ -71,7 +71,7 @@ def three_steps(directory):
 def test_the_weighted_mean_is_the_one_on_file():
     deltas = [made_up(seed) for seed in (3, 4, 5)]
     got = {
-        name: outer.mean([(delta[name], n) for delta, n in zip(deltas, (16, 48, 7), strict=True)], samples=71)
+        name: arithmetic.mean([(delta[name], n) for delta, n in zip(deltas, (16, 48, 7), strict=True)], samples=71)
         for name in SHAPES
     }
     assert flat(got) == golden("weighted_mean", flat(got))
@@ -119,12 +119,12 @@ def test_the_mean_is_right_for_any_number_of_workers():
         tensors_ = [torch.full((4,), float(index)) for index in range(count)]
         samples = [index + 1 for index in range(count)]
         want = sum(index * (index + 1) for index in range(count)) / sum(samples)
-        got = outer.mean(zip(tensors_, samples, strict=True), samples=sum(samples))
+        got = arithmetic.mean(zip(tensors_, samples, strict=True), samples=sum(samples))
         torch.testing.assert_close(got, torch.full((4,), want))
 
 
 def test_an_only_contribution_is_its_own_mean_to_the_last_bit():
-    assert torch.equal(outer.mean([(made_up(3)["embed"], 13)], samples=13), made_up(3)["embed"])
+    assert torch.equal(arithmetic.mean([(made_up(3)["embed"], 13)], samples=13), made_up(3)["embed"])
 
 
 def test_replaying_records_gives_the_same_bits(tmp_path):

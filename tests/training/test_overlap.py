@@ -7,7 +7,7 @@ from hypha.protocol.bridge import BaseReady, FetchSamples, NoSamples, SendRebase
 from hypha.protocol.compression import Compression
 from hypha.protocol.fragments import Fragments
 from hypha.protocol.job import InnerOptimizer, Rounds
-from hypha.training import batches, models, outer, tensors
+from hypha.training import arithmetic, batches, models, tensors
 from hypha.training.batches import Rows
 from hypha.training.inner import InnerLoop
 from tests.training.running import finish, start_server, start_workers
@@ -84,7 +84,7 @@ def slowly(spec, slice_path, rounds):
                 mine[name].lerp_(model[name], spec.streaming.mixing)
         moved = fragments.of(number)
         for name in sorted(moved):
-            momentum[name], update = outer.nesterov(momentum[name], model[name] - mine[name].detach(), spec.outer)
+            momentum[name], update = arithmetic.nesterov(momentum[name], model[name] - mine[name].detach(), spec.outer)
             model[name] = model[name] - update
         after.append(tensors.digest(model))
     return after

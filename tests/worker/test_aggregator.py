@@ -8,6 +8,7 @@ from hypha.protocol import bridge
 from hypha.protocol.messages import (
     Accepted,
     Merging,
+    Message,
     Rebase,
     UpdateRefused,
 )
@@ -195,3 +196,45 @@ async def test_evaluations_are_told(autojump_clock, play):
     play.see(opened())
     await play.session.report(bridge.EvaluationDone(round=0, digest=BASE, loss=5.5, samples=64))
     assert fields(await play.evaluated.first(), "round", "loss", "samples") == (0, 5.5, 64)
+
+
+async def begun(play, peer_id, data=b"delta"):
+    """A push whose last byte has not come."""
+    stream = await play.here.peers[peer_id].open_stream("work", push(peer_id, data))
+    await stream.send_all(data[:-1])
+    return stream
+
+
+async def test_the_executor_may_begin_once_the_last_member_has_begun_to_push(autojump_clock, play):
+    play.see(opened())
+    assert isinstance(await sent(play.here.peers[A], push(A)), Accepted)
+    assert bridge.Prepare not in play.ear.kinds()
+    stream = await begun(play, B)
+    prepare = await play.ear.next(bridge.Prepare)
+    assert fields(prepare, "round", "base_digest") == (1, BASE)
+    assert [(one.peer_id, one.samples, one.file.path) for one in prepare.inputs] == [
+        (A, 2, "spool/1.safetensors"),
+        (B, 2, "spool/2.safetensors"),
+    ]
+    await trio.sleep(1)
+    assert play.files() == ["1.safetensors", "2.safetensors.part"]
+    await stream.send_all(b"a")
+    await stream.send_eof()
+    assert isinstance(await stream.receive_message(Message), Accepted)
+    await stream.aclose()
+    play.here.start_soon(play.session.close_round, play.close(), SCHEDULER)
+    merge = await play.ear.next(bridge.Merge)
+    assert merge.inputs == prepare.inputs
+    await play.session.report(play.done())
+
+
+async def test_a_push_that_begins_again_is_foreseen_again(autojump_clock, play):
+    play.see(opened())
+    assert isinstance(await sent(play.here.peers[A], push(A)), Accepted)
+    stream = await begun(play, B)
+    await play.ear.next(bridge.Prepare)
+    await stream.aclose()
+    await trio.sleep(1)
+    assert isinstance(await sent(play.here.peers[B], push(B)), Accepted)
+    again = await play.ear.next(bridge.Prepare, after=1)
+    assert [one.file.path for one in again.inputs] == ["spool/1.safetensors", "spool/3.safetensors"]

@@ -15,6 +15,7 @@ from hypha.protocol.messages import (
     FetchModel,
     OuterUpdate,
 )
+from hypha.worker.aggregator import KEEP_WAIT_S
 from hypha.worker.broadcast import DELIVERY_WAIT_S
 from hypha.worker.resume import REFUSALS_MAX
 from tests.worker.aggregating_play import BASE, A, B, Caught, Play, opened
@@ -120,6 +121,38 @@ async def test_the_rest_of_a_merge_does_not_disturb_who_is_being_sent_its_update
     await play.session.report(done)
     await trio.sleep(5)
     assert (len(a.took), len(b.took)) == (1, 1)
+
+
+@pytest.mark.parametrize(("slow_s", "answered_after_s"), [(0.3, 0.3), (30.0, KEEP_WAIT_S)])
+async def test_the_rest_of_a_merge_begins_once_its_update_is_delivered_or_after_a_while(
+    slow_s, answered_after_s, autojump_clock, play
+):
+    a, b = Trainer(play.here.peers[A]), Trainer(play.here.peers[B])
+    b.slow_s = slow_s
+    play.see(opened())
+    await play.pushed()
+    done = play.done()
+    play.session._close(play.close(), SCHEDULER)
+    began = trio.current_time()
+    made = bridge.UpdateMade(round=1, close=1, model_digest=done.model.digest, update=done.update)
+    assert await play.session.report(made) == bridge.GoOn()
+    assert trio.current_time() - began == pytest.approx(answered_after_s, abs=0.1)
+    assert len(a.took) == 1
+
+
+async def test_a_session_that_is_told_to_stop_does_not_hold_its_executor_up(autojump_clock, play):
+    trainers = [Trainer(play.here.peers[each]) for each in (A, B)]
+    for each in trainers:
+        each.slow_s = 30.0
+    play.see(opened())
+    await play.pushed()
+    done = play.done()
+    play.session._close(play.close(), SCHEDULER)
+    play.session.stop("it is over")
+    began = trio.current_time()
+    made = bridge.UpdateMade(round=1, close=1, model_digest=done.model.digest, update=done.update)
+    assert await play.session.report(made) == bridge.Finish()
+    assert trio.current_time() == began
 
 
 async def test_an_update_that_a_later_close_has_overtaken_is_sent_to_nobody(autojump_clock, play):
