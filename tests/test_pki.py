@@ -178,6 +178,17 @@ def test_peer_with_another_kind_of_key_is_refused(pki):
         peer_of(certificate.public_bytes(Encoding.DER))
 
 
+def test_a_certificate_is_read_once_and_every_other_one_anew(pki):
+    first, second = (pki.node(name, ["worker"]).identity() for name in ("first", "second"))
+    accepted, dialled = shake_hands(first, second)
+    theirs, ours = (each.getpeercert(binary_form=True) for each in (accepted, dialled))
+    assert first.peer_of(ours) is second.peer_of(bytes(bytearray(ours)))
+    assert (first.peer_of(ours).subject, first.peer_of(theirs).subject) == ("CN=first", "CN=second")
+    for _ in range(2):
+        with pytest.raises(RemoteProtocolError, match="peer certificate refused"):
+            first.peer_of(b"\x30\x03\x02\x01\x01")
+
+
 def test_garbage_is_no_peer():
     with pytest.raises(RemoteProtocolError, match="peer certificate refused"):
         peer_of(b"\x30\x03\x02\x01\x01")

@@ -23,24 +23,22 @@ from typing import Never
 import trio
 from libp2p.abc import IRawConnection, ISecureConn, ISecureTransport
 from libp2p.custom_types import TProtocol
-from libp2p.io.trio import TrioTCPStream
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
-from libp2p.protocol_muxer.multiselect_client import MultiselectClient
-from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.protocol_muxer.multiselect_client import MULTISELECT_PROTOCOL_ID
 from libp2p.security.exceptions import HandshakeFailure
+from libp2p.utils import encode_delim
 
 from hypha.errors import RemoteProtocolError
 from hypha.network import bulk_socket
 from hypha.network.dispatch import Slots
 from hypha.network.mtls import HandshakeRefused, MutualTls, reason_of
-from hypha.network.patches import FOREIGN
 from hypha.network.probe import reason_of_socket
 from hypha.pki import Identity, PeerIdentity
 from hypha.telemetry import get_logger
 
 PROTOCOL_ID = TProtocol("/hypha/bulk/1.0.0")
 ALPN = "hypha-bulk"
+_AGREEING = encode_delim(MULTISELECT_PROTOCOL_ID.encode()) + encode_delim(PROTOCOL_ID.encode())
 TOKEN_BYTES = 32
 WELCOME = b"\x01"
 # Each holds up to two threads, a descriptor and 4 MiB; who comes after them goes over the stream.
@@ -210,19 +208,28 @@ async def _introduce(secured: ssl.SSLSocket, peer: PeerIdentity, expected: str, 
 async def _open(host: str, port: int) -> socket.socket:
     """Return a socket at whose other end the bulk protocol is agreed on. Raises HandshakeRefused."""
     try:
-        raw = RawConnection(TrioTCPStream(await trio.open_tcp_stream(host, port)), initiator=True)
+        stream = await trio.open_tcp_stream(host, port)
     except OSError as error:
         raise HandshakeRefused(reason_of_socket(error)) from error
     try:
-        await MultiselectClient().select_one_of([PROTOCOL_ID], MultiselectCommunicator(raw))
-        return bulk_socket.take_socket(raw)
-    except FOREIGN as error:
-        await raw.close()
-        raise HandshakeRefused(f"does not speak {PROTOCOL_ID}: {error}") from error
-    except trio.Cancelled:
-        with trio.CancelScope(shield=True):  # closing a socket does not wait
-            await raw.close()
+        await _agree(stream)
+    except BaseException as error:
+        stream.socket.close()
+        if isinstance(error, trio.BrokenResourceError):
+            raise HandshakeRefused(f"broke off before it spoke {PROTOCOL_ID}") from error
         raise
+    return bulk_socket.plain_of(stream)
+
+
+async def _agree(stream: trio.SocketStream) -> None:
+    """Say which protocol follows; the listener echoes it. All at once: two turns would cost a round trip more."""
+    await stream.send_all(_AGREEING)
+    echoed = b""
+    while echoed != _AGREEING:
+        more = await stream.receive_some(len(_AGREEING) - len(echoed))
+        echoed += more
+        if not more or not _AGREEING.startswith(echoed):
+            raise HandshakeRefused(f"does not speak {PROTOCOL_ID}")
 
 
 def _words(error: OSError) -> str:

@@ -51,7 +51,12 @@ def take_socket(raw: IRawConnection) -> socket.socket:
     tcp = raw.stream if isinstance(raw, RawConnection) else None
     if not isinstance(tcp, TrioTCPStream):
         raise HandshakeFailure("bulk needs a TCP connection of its own")
-    taken = socket.socket(fileno=tcp.stream.socket.detach())
+    return plain_of(tcp.stream)
+
+
+def plain_of(stream: trio.SocketStream) -> socket.socket:
+    """Take the socket out of a stream, which holds none any more."""
+    taken = socket.socket(fileno=stream.socket.detach())
     # The descriptor does not block, but the new object believes that it does, and ssl would spin on it.
     taken.settimeout(0.0)
     if _NOTSENT_LOWAT is not None:
@@ -125,11 +130,12 @@ def abort(connection: socket.socket) -> None:
 class _Buffers:
     """What goes round between the thread that receives and the one that writes; both end when told that it is over.
 
-    The buffer that came back last is taken first: while the writer keeps up, few are in use, and the cache holds them.
+    The buffer that came back last is taken first, and one is made where none came back: while the writer keeps up, few
+    are in use, and the cache holds them.
     """
 
     def __init__(self) -> None:
-        self._spare = [bytearray(CHUNK_BYTES) for _ in range(BUFFERS)]
+        self._spare: list[bytearray] = []
         self._returned: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         for _ in range(BUFFERS):
@@ -137,7 +143,9 @@ class _Buffers:
 
     def take(self) -> bytearray | None:
         """Wait for a free one; None when the writer has failed."""
-        return self._spare.pop() if self._returned.get() is _BACK else None
+        if self._returned.get() is _OVER:
+            return None
+        return self._spare.pop() if self._spare else bytearray(CHUNK_BYTES)
 
     def fill(self, view: memoryview) -> None:
         """Hand over what was received."""

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -36,6 +37,8 @@ from hypha.pki.names import PeerIdentity, node_identity, peer_of
 EXPIRY_WARNING = timedelta(days=14)
 # TLS 1.3 needs three turns with oneself; more means that it will never end.
 HANDSHAKE_TURNS_MAX = 8
+# A peer comes back for every large transfer, with the same bytes.
+PEERS_READ_MAX = 1024
 
 # OpenSSL's X509_V_ERR_* numbers (openssl/x509_vfy.h), by the configuration key that has to change.
 _REVOKED = 23
@@ -63,7 +66,8 @@ class Identity:
     Contexts are cached: ask for one per handshake, so that the first handshake after `reload_crls` uses the new lists.
     """
 
-    peer_of = staticmethod(peer_of)
+    # Only the reading is done once: whether a certificate is to be believed is asked at every handshake.
+    peer_of = staticmethod(lru_cache(PEERS_READ_MAX)(peer_of))
 
     def __init__(
         self,
