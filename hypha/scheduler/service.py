@@ -26,7 +26,7 @@ from hypha.scheduler.committer import Committer
 from hypha.scheduler.config import Config, JobConfig
 from hypha.scheduler.coordinator import FAILURES_IN_A_ROW_MAX, Coordinator
 from hypha.scheduler.crew import Crew
-from hypha.scheduler.hold import Hold
+from hypha.scheduler.hold import HeldByAnother, Hold
 from hypha.scheduler.pace import Pacing
 from hypha.scheduler.place import Place
 from hypha.scheduler.pool import LeasedWorker, Pool
@@ -81,7 +81,10 @@ class Scheduler:
         return {"job": self._job.name, **self._answers.detail(), "waiting": self._standing.words()}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run the job to its end. Raises JobFailed with the reason when there is none, Deposed where another leads."""
+        """Run the job to its end. Raises JobFailed with the reason when there is none, Deposed where another leads.
+
+        HeldByAnother is raised where another holds the job's store before a job epoch is begun here.
+        """
         task_status.started()
         try:
             async with trio.open_nursery() as nursery:
@@ -182,6 +185,8 @@ class Scheduler:
         await self._report_end(coordinator, store, dataset)
 
     def _begin_epoch(self, store: JobStore) -> int:
+        # Finding the dataset may have taken long, and meanwhile the hold may have gone to another.
+        self._hold.take()
         return store.begin_epoch(scheduler=self._network.peer_id, nonce=self._runtime.new_id())
 
     def _terms(self, job_id: str) -> Terms:
@@ -363,24 +368,30 @@ async def run(
 ) -> None:
     """Run this configuration's job to its end; `fresh` sets aside what an earlier run left.
 
-    With `standby` it waits until nobody leads the job any more, and again where it is deposed. Raises ConfigError
-    (unusable store, in use, another job's), StoreError (damaged; Deposed: another leads) or JobFailed.
+    With `standby` it waits until nobody leads the job any more, and again where it is deposed; without, it waits only
+    where another holds the job's store when it starts. Raises ConfigError (unusable store, in use, another job's),
+    StoreError (damaged; Deposed: another leads) or JobFailed.
     """
     runtime = RealRuntime()
     identity = load_identity(config)
     if standby and fresh:
         raise ConfigError("--standby goes on with a job, --fresh starts it over: not both")
-    ended, deposed = False, False
+    ended, wait, deposed = False, standby, False
     while not ended:
         ended = True
         try:
             async with AsyncExitStack() as held:
                 place, network, presence = await take_place(
-                    config, runtime, identity, held, fresh=fresh, wait=standby, deposed=deposed
+                    config, runtime, identity, held, fresh=fresh, wait=wait, deposed=deposed
                 )
                 await Scheduler(network, runtime, config, place, presence).run(task_status=task_status)
         except* Deposed as errors:
-            if not standby:
+            reason = _first(errors)
+            if isinstance(reason, HeldByAnother):
+                log.warn("Another scheduler leads the job: standing by", reason=str(reason))
+            elif standby:
+                log.warn("Deposed: standing by again", reason=str(reason))
+            else:
                 raise
-            log.warn("Deposed: standing by again", reason=str(_first(errors)))
-            ended, deposed = False, True
+            # What was to be set aside is, and the job is the other's now.
+            ended, fresh, wait, deposed = False, False, True, True

@@ -1,8 +1,9 @@
 """Waiting for one's turn to lead a job, and what a scheduler says of itself meanwhile.
 
-    watch the leader's hold ─▶ lapsed, and the next beat is ours ─▶ the job's directories are free ─▶ lead
-        ▲                                                                                             │ Deposed
-        └─────────────────────────────────────────────────────────────────────────────────────────────┘
+    --standby     watch the leader's hold ─▶ lapsed, and the next beat is ours ─▶ the job's directories are free ─▶ lead
+                      ▲                                                                                  Deposed │
+                      ├──────────────────────────────────────────────────────────────────────────────────────────┘
+    without           └─ HeldByAnother ─ the job's directories are free, and the next beat is ours ─────────▶ lead
 
 Who waits is on the network and answers `status`, unless the leader has the same identity: one peer id is one node.
 """
@@ -73,6 +74,7 @@ async def take_place(
 ) -> tuple[Place, Network, Presence | None]:
     """Open the job's directories and the network, in an order in which two of one identity never meet there.
 
+    Who does not `wait` has to have the hold at once. Raises HeldByAnother: it cannot, and may wait next.
     Who was `deposed` a moment ago may find its own last beat, and knows that nobody else has its identity.
     """
     network: Network | None = None
@@ -85,6 +87,10 @@ async def take_place(
             presence = Presence(network, runtime, lambda: standing_by(config, hold))
         await await_turn(config, runtime, hold)
     place = await runtime.run_blocking(held.enter_context, open_place(config, fresh=fresh))
+    if not wait:
+        # Under the directory's lock: what runs from it already is refused there, and beats no more than it should.
+        hold = Hold(place.objects, runtime, scheduler=identity.peer_id, hold_s=config.scheduler.hold_s)
+        await runtime.run_blocking(hold.take)
     if network is None:
         network = await held.enter_async_context(open_network(identity, config, role="scheduler", runtime=runtime))
     return place, network, presence

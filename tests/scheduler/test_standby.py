@@ -6,7 +6,7 @@ import trio
 from msgspec.structs import replace
 
 from hypha.protocol.manifest import JobEpochStarted
-from hypha.scheduler.hold import Beat, Hold, Seen, Watch
+from hypha.scheduler.hold import Beat, HeldByAnother, Hold, Seen, Watch
 from hypha.scheduler.standing import Standing
 from hypha.scheduler.store import Deposed
 from hypha.store.memory_disk import MemoryDisk
@@ -49,8 +49,8 @@ class TwoSchedulers(Stage):
         return self.machines[self.leader]
 
     def _break(self, invariant, how):
-        # That is what a deposed leader ends with.
-        if "leads the job under epoch" not in how:
+        # That is what a deposed leader ends with, and whoever has lost the hold before it leads.
+        if "leads the job under epoch" not in how and "the hold on the job's store: " not in how:
             super()._break(invariant, how)
 
     def epochs(self):
@@ -96,6 +96,27 @@ def test_a_leader_that_stood_still_is_deposed_and_stops_when_it_wakes(stage):
         await stage.done()
         assert stage.epochs() == [("scheduler", 1), ("standby", 2)]
         assert [entry.merged.round for entry in stage.rounds()] == [1, 2, 3, 4, 5, 6]
+
+    stage.play(script)
+
+
+@pytest.mark.parametrize("words", ["has lapsed", "job_epoch=2"])
+def test_a_leader_that_is_started_again_leaves_the_job_to_whoever_has_taken_over(stage, words):
+    stage = stage(rounds=4, ttl_s=8.0)
+
+    async def script(stage):
+        await stage.said("Round committed", "round=2")
+        stage.leader = "standby"
+        stage.crash_now("scheduler")
+        await stage.said("standby", words)
+        stage.start("scheduler")
+        await stage.said("scheduler INFO scheduler.hold: Standing by", "leader=standby")
+        await stage.said("standby INFO scheduler: Job finished")
+        assert stage.epochs() == [("scheduler", 1), ("standby", 2)]
+        assert not stage.lines("role ended")
+        # Each worker was leased twice: once under each job epoch.
+        assert len(stage.lines("Worker leased")) == 2 * 3
+        await stage.done()
 
     stage.play(script)
 
@@ -190,12 +211,100 @@ async def test_a_beat_that_cannot_be_read_lapses_like_any_other(autojump_clock):
     assert trio.current_time() == pytest.approx(began + HOLD_S, abs=0.1)
 
 
-async def test_numbers_that_another_scheduler_took_meanwhile_are_passed_over(autojump_clock):
-    objects = DirectoryObjects(MemoryDisk(seed=1), new_id=iter(map(str, range(1000))).__next__)
-    mine, theirs = (Hold(objects, VirtualRuntime(1, name), scheduler=name, hold_s=HOLD_S) for name in "ab")
-    with trio.move_on_after(HOLD_S):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(mine.keep, lambda: None, Standing())
-            nursery.start_soon(theirs.keep, lambda: None, Standing())
+class Contended(DirectoryObjects):
+    """Objects of which somebody else makes one at the very moment; `meanwhile` is called once."""
+
+    meanwhile = staticmethod(lambda: None)
+
+    def create(self, name, chunks):
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
+        super().create(name, chunks)
+
+
+@pytest.fixture
+def store():
+    return Contended(MemoryDisk(seed=1), new_id=iter(map(str, range(10000))).__next__)
+
+
+def hold_of(name, objects):
+    return Hold(objects, VirtualRuntime(1, name), scheduler=name, hold_s=HOLD_S)
+
+
+def holder(objects):
     assert len(objects.names("hold")) == 1
-    assert int(objects.names("hold")[0][-12:]) >= 8
+    return hold_of("anybody", objects).look().beat.scheduler
+
+
+async def test_whoever_starts_has_at_once_what_is_nobodys_or_its_own_and_never_anothers(autojump_clock, store):
+    for _ in range(3):
+        hold_of("a", store).take()
+    assert [store.names("hold"), holder(store)] == [["hold/000000000003"], "a"]
+    with pytest.raises(HeldByAnother, match=r"a has it, and loses it once it was silent for 10 s"):
+        hold_of("b", store).take()
+    await hold_of("b", store).lapsed()
+    hold_of("b", store).take()
+    with pytest.raises(HeldByAnother, match="b has it"):
+        hold_of("a", store).take()
+
+
+async def test_a_leader_that_starts_again_as_its_hold_lapses_either_has_it_or_stands_by(autojump_clock, store):
+    mine, theirs = hold_of("a", store), hold_of("b", store)
+    mine.take()
+    seen = theirs.look()
+    store.meanwhile = lambda: theirs._follow(seen)
+    with pytest.raises(HeldByAnother, match="b has it"):
+        mine.take()
+    assert holder(store) == "b"
+    # The other way round: the standby, about to claim it, finds it claimed, and waits for as long as it has to.
+    seen = theirs.look()
+    store.meanwhile = lambda: hold_of("b", store).take()
+    assert not mine._follow(seen)
+    assert holder(store) == "b"
+
+
+async def test_a_claim_that_comes_too_late_counts_for_nothing_although_its_number_is_free_again(autojump_clock, store):
+    leader, standby = hold_of("a", store), hold_of("b", store)
+    leader.take()
+    seen = standby.look()
+    for _ in range(2):
+        leader.take()
+    assert not standby._follow(seen)
+    assert [store.names("hold"), holder(store)] == [["hold/000000000003"], "a"]
+
+
+async def test_a_leader_that_lost_its_hold_watches_it_and_has_it_back_if_nothing_comes_of_the_other(
+    autojump_clock, store
+):
+    leader, other, standing = hold_of("a", store), hold_of("b", store), Standing()
+    leader.take()
+    await other.lapsed()
+    async with trio.open_nursery() as nursery:
+        with trio.move_on_after(3 * HOLD_S):
+            nursery.start_soon(leader.keep, lambda: None, standing)
+            await other.keep(lambda: None, Standing())
+        assert holder(store) == "b"
+        assert "is another scheduler's" in standing.words()
+        await trio.sleep(0.7 * HOLD_S)
+        assert holder(store) == "b"
+        await trio.sleep(0.8 * HOLD_S)
+        assert holder(store) == "a"
+        assert standing.words() == ""
+        nursery.cancel_scope.cancel()
+
+
+def test_a_scheduler_that_loses_its_hold_before_its_job_epoch_begins_none(stage):
+    stage = stage(rounds=2, data_nodes=1, absent="data-0")
+
+    async def script(stage):
+        stage.leader = "standby"
+        await stage.said("scheduler: Dataset", "not found yet")
+        stage.fabric.stop("scheduler")
+        await stage.said("has lapsed")
+        stage.start("data-0")
+        stage.fabric.go("scheduler")
+        await stage.said("role ended", "standby has it")
+        await stage.said("standby INFO scheduler: Job finished")
+        assert stage.epochs() == [("standby", 1)]
+
+    stage.play(script)

@@ -119,10 +119,12 @@ class Cluster:
         for each in (first, second):
             each.keep_objects_on(self.store)
             each.on_turn = lambda: self.reach("standby take-over")
+            each.on_refusal = lambda: self.reach("started while another leads")
 
     def _watch_commits(self, machine: SchedulerMachine) -> None:
         machine.on_commit = lambda: self.strikes.happens("committer", machine.name)
         machine.on_conflict = lambda: self.reach("entry of the chain lost to another")
+        machine.on_beat = lambda name: self._look(lambda: self.invariants.held(machine.name, name))
 
     def _add(self, kind: type[M], name: str) -> M:
         rates = self.scenario.rates

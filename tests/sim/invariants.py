@@ -43,6 +43,7 @@ from hypha.worker.session import Session
 from tests.sim.broken import Broken
 from tests.sim.machines import SchedulerMachine, WorkerMachine, unseen
 from tests.sim.reference import Reference
+from tests.sim.scenario import CLOCK_DRIFT, HOLD_S
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
@@ -80,6 +81,7 @@ class Invariants:
         self._standing: dict[str, tuple[int, int]] = {}  # newest view of each session, by lease
         self._epoch_since: dict[str, tuple[int, float]] = {}  # its job epoch, and since when, by lease
         self._renewed: dict[str, tuple[int, int]] = {}  # newest (job epoch, attempt) that renewed, by lease
+        self._hold = ("", "", 0.0)  # the newest beat in the job's store, whose, since when
 
     # --- after every event ----------------------------------------------------------------------------------------
 
@@ -250,6 +252,19 @@ class Invariants:
                 reached["contribution accepted from a dead worker"] += 1
             reached["empty contribution"] += not each.samples
         reached["round closed without a member"] += len(entry.contributions) < members
+
+    # --- with every beat ------------------------------------------------------------------------------------------
+
+    def held(self, scheduler: str, beat: str) -> None:
+        """Whoever makes the newest beat holds the job's store; from another it has it only once that has lapsed."""
+        (newest, holder, since), now = self._hold, trio.current_time()
+        if beat <= newest:
+            return  # a claim that came too late, and counts for nothing
+        self._hold = beat, scheduler, now
+        if holder not in ("", scheduler) and now - since < HOLD_S / (1 + CLOCK_DRIFT):
+            raise Broken(
+                "L5 a hold passes on once it has lapsed", f"{scheduler} has {holder}'s after {now - since:.1f} s"
+            )
 
     # --- with every answer ----------------------------------------------------------------------------------------
 

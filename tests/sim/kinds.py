@@ -107,6 +107,7 @@ SEEN = (
     "second scheduler on one journal refused",
     "stale view refused",
     "started again after a disk error",
+    "started while another leads",
     "standby take-over",
     "worker back as another node",
     "worker dead in mid-push",

@@ -22,7 +22,8 @@ from hypha.protocol.resources import Resources
 from hypha.protocol.slices import Grant
 from hypha.scheduler.config import Config as SchedulerConfig
 from hypha.scheduler.coordinator import Coordinator
-from hypha.scheduler.hold import Hold
+from hypha.scheduler.hold import FOLDER as HOLD_FOLDER
+from hypha.scheduler.hold import HeldByAnother, Hold
 from hypha.scheduler.place import Place
 from hypha.scheduler.records import Excluded, Granted, JobOpened, Record
 from hypha.scheduler.service import Scheduler
@@ -183,6 +184,7 @@ class ShelvedObjects(DirectoryObjects):
 
     shelf: Path
     is_cut = False
+    on_beat: Callable[[str], None] = staticmethod(lambda _name: None)  # of a scheduler that holds the store
 
     def _reach(self) -> None:
         if self.is_cut:
@@ -192,6 +194,8 @@ class ShelvedObjects(DirectoryObjects):
         """See `DirectoryObjects`."""
         self._reach()
         super().create(name, chunks)
+        if name.startswith(f"{HOLD_FOLDER}/"):
+            self.on_beat(name)
 
     def read(self, name: str) -> bytes:
         """See `DirectoryObjects`."""
@@ -279,9 +283,12 @@ class SchedulerMachine(Machine):
         self.lost: str | None = None  # of what its journal had acknowledged
         self.excluded: set[tuple[str, int, int]] = set()  # (peer, fence, round), durably
         self.granted: set[Grant] = set()  # durably
+        self.holds_as = self.name  # its identity
         self.on_turn: Callable[[], None] = lambda: None
+        self.on_refusal: Callable[[], None] = lambda: None  # it was to lead at once, and another does
         self.on_commit: Callable[[], None] = lambda: None  # an outer step's entry is made next
         self.on_conflict: Callable[[], None] = lambda: None  # it cannot be: another made one of that number
+        self.on_beat: Callable[[str], None] = lambda _name: None  # it holds the store
         self.keep_objects_on(self.disk)
 
     def keep_objects_on(self, disk: MemoryDisk) -> None:
@@ -289,6 +296,7 @@ class SchedulerMachine(Machine):
         self.objects = ShelvedObjects(disk, new_id=lambda: self.runtime.new_id())
         self.objects.shelf = self.directory / "shelf"
         self.objects.shelf.mkdir(exist_ok=True)
+        self.objects.on_beat = lambda name: self.on_beat(name)
 
     @property
     def job_epoch(self) -> int:
@@ -341,19 +349,28 @@ class SchedulerMachine(Machine):
     async def main(self, network: Network, runtime: VirtualRuntime) -> None:
         """Run the job to its end."""
         self.scheduler = None
-        if self.stands_by:
-            hold_s = self.config.scheduler.hold_s
-            await Hold(self.objects, runtime, scheduler=network.peer_id, hold_s=hold_s).lapsed()
+        hold = Hold(self.objects, runtime, scheduler=self.holds_as, hold_s=self.config.scheduler.hold_s)
+        if self.stands_by or not await self._takes(hold, runtime):
+            await hold.lapsed()
             self.on_turn()
         downloads = self.directory / f"downloads-{self.incarnation}"
         downloads.mkdir()
         place = Place(disk=self.disk, objects=self.objects, directory=downloads)
         self.scheduler = WatchedScheduler(network, runtime, self.config, place)
+        self.scheduler._hold = hold
         self.scheduler.on_open, self.scheduler.on_record = self._opened, self._noted
         self.scheduler.on_write = self._writes
         self.scheduler.on_commit, self.scheduler.on_conflict = self.on_commit, self.on_conflict
         await self.scheduler.run()
         self.finished.set()
+
+    async def _takes(self, hold: Hold, runtime: VirtualRuntime) -> bool:
+        try:
+            await runtime.run_blocking(hold.take)
+        except HeldByAnother:
+            self.on_refusal()
+            return False
+        return True
 
 
 class TwinMachine(SchedulerMachine):
@@ -361,7 +378,7 @@ class TwinMachine(SchedulerMachine):
 
     def share(self, first: SchedulerMachine) -> None:
         """Use the other's state directory."""
-        self.disk, self.config = first.disk, first.config
+        self.disk, self.config, self.holds_as = first.disk, first.config, first.name
         self.objects, self.acknowledged = first.objects, first.acknowledged
 
     def crash(self) -> None:

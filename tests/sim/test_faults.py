@@ -131,6 +131,21 @@ def test_a_standby_takes_over(tmp_path, kind):
     assert happened(report, "standby INFO scheduler: Job finished", "rounds=5")
 
 
+# Back before the hold lapses, just as it does, while the standby hires workers, and when it has long led.
+@pytest.mark.parametrize(
+    ("for_s", "leads"), [(2.0, "scheduler"), (6.0, "standby"), (7.0, "standby"), (12.0, "standby")]
+)
+def test_a_leader_that_comes_back_has_its_job_at_once_or_leaves_it_to_its_standby(tmp_path, for_s, leads):
+    fault = Fault(at_s=AT_S, kind="crash-leader", for_s=for_s, pick=0.1)
+    report = run(tmp_path, fault, standby=True, deadline_s=10.0)
+    assert report.situations.get("started while another leads", 0) == (leads == "standby")
+    assert report.situations.get("adopted lease", 0) == (4 if leads == "scheduler" else 0)
+    assert "deposed scheduler" not in report.situations
+    assert happened(report, f"{leads} INFO scheduler: Job finished", "rounds=5")
+    begun = [line.split()[1] for line in report.lines if "INFO scheduler: Job started" in line]
+    assert begun[:2] == ["scheduler", leads]
+
+
 def test_what_the_journal_had_not_acknowledged_is_dropped(tmp_path):
     report = run(tmp_path, Fault(at_s=AT_S, kind="power-scheduler", for_s=1.0, pick=0.301))
     assert report.faults["torn write: scheduler"] == 1
