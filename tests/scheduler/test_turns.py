@@ -13,6 +13,8 @@ from hypha.scheduler.hold import Hold
 from hypha.scheduler.place import job_objects
 from hypha.scheduler.service import run
 
+pytestmark = pytest.mark.slow
+
 HOLD_S = 0.25
 JOB = JobConfig(
     name="demo",
