@@ -197,10 +197,14 @@ async def twin(strike: Strike) -> None:
 
 
 async def _start_again(strike: Strike) -> None:
-    await strike.lasting()
-    machine = strike.machine
+    machine, at_once = strike.machine, strike.fault.pick < LEADS_AGAIN_BELOW
+    if strike.fault.kind.startswith("back"):
+        await strike.cluster.strikes.until_held_by_another(machine.name)
+        at_once = True
+    else:
+        await strike.lasting()
     if isinstance(machine, SchedulerMachine) and strike.cluster.scenario.standby:
-        machine.stands_by = strike.fault.pick >= LEADS_AGAIN_BELOW
+        machine.stands_by = not at_once
     await strike.cluster.until_down(machine)
     strike.cluster.start_again(machine)
 
@@ -368,6 +372,7 @@ async def claim(strike: Strike) -> None:
 
 ACTS: dict[str, Act] = {
     "crash": crash,
+    "back": crash,
     "silent": silent,
     "echo": echo,
     "wipe": wipe,

@@ -5,8 +5,9 @@ flavour ─▶ kinds of faults it draws from, how many, how long ─▶ Fault(at
 
 A kind is "what-target".
 
-what    crash, silent (nobody learns of it), wipe (its disk is gone), power (lost in the midst of a write), echo (a
-        crash, and what it said last arrives again and again until a while after it is back), pause, leave (politely),
+what    crash, silent (nobody learns of it), wipe (its disk is gone), back (a scheduler crashes, and is to lead again
+        when another has just taken over), power (lost in the midst of a write), echo (a crash, and what it said
+        last arrives again and again until a while after it is back), pause, leave (politely),
         join, cut, oneway (it is not heard), deaf (it does not hear), storm (of the whole network), exit, stall, spoil
         (its next update is not finite), claim (its next update names samples it was not granted), full, error (of the
         disk, once), decay (of the newest checkpoint), unstored (cut from the store), twin (a second scheduler on its
@@ -63,7 +64,7 @@ class Fault(Struct, frozen=True, kw_only=True):
     def over_s(self) -> float:
         """When it has ended at the latest."""
         what, _, target = self.kind.partition("-")
-        waits = target in MOMENTS or what in ("power", "decay")
+        waits = target in MOMENTS or what in ("power", "decay", "back")
         return self.at_s + self.for_s + (MOMENT_S + self.for_s if waits else 0.0)
 
 
@@ -128,6 +129,7 @@ DUELS = (
     "pause-committer",
     "pause-committer",
     "crash-leader",
+    "back-leader",
     "silent-leader",
     "wipe-leader",
     "power-leader",

@@ -81,7 +81,8 @@ class Invariants:
         self._standing: dict[str, tuple[int, int]] = {}  # newest view of each session, by lease
         self._epoch_since: dict[str, tuple[int, float]] = {}  # its job epoch, and since when, by lease
         self._renewed: dict[str, tuple[int, int]] = {}  # newest (job epoch, attempt) that renewed, by lease
-        self._hold = ("", "", 0.0)  # the newest beat in the job's store, whose, since when
+        self.holder = ""  # who made the newest beat in the job's store
+        self._beat = ("", 0.0)  # which it is, and when it was made
 
     # --- after every event ----------------------------------------------------------------------------------------
 
@@ -257,10 +258,10 @@ class Invariants:
 
     def held(self, scheduler: str, beat: str) -> None:
         """Whoever makes the newest beat holds the job's store; from another it has it only once that has lapsed."""
-        (newest, holder, since), now = self._hold, trio.current_time()
+        (newest, since), holder, now = self._beat, self.holder, trio.current_time()
         if beat <= newest:
             return  # a claim that came too late, and counts for nothing
-        self._hold = beat, scheduler, now
+        self._beat, self.holder = (beat, now), scheduler
         if holder not in ("", scheduler) and now - since < HOLD_S / (1 + CLOCK_DRIFT):
             raise Broken(
                 "L5 a hold passes on once it has lapsed", f"{scheduler} has {holder}'s after {now - since:.1f} s"

@@ -8,6 +8,7 @@ from tests.sim.flavours import KINDS
 
 WORDS = {
     "crash": "crash",
+    "back": "crash until another leads",
     "silent": "silent crash",
     "wipe": "crash without disk",
     "power": "torn write",

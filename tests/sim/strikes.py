@@ -16,6 +16,8 @@ from tests.sim.machines import GatewayMachine, Machine, SchedulerMachine
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
+POLL_S = 0.1
+
 
 class Strikes:
     """Strikes with everything that a scenario holds."""
@@ -75,6 +77,12 @@ class Strikes:
             self._moments[target].remove(waiting)
         machines = [self._cluster.machines[name] for name in names]
         return [machine for machine in machines if machine.is_up]
+
+    async def until_held_by_another(self, name: str) -> None:
+        """Wait until another scheduler than this has the hold on the job's store, if that happens."""
+        with trio.move_on_after(MOMENT_S):
+            while self._cluster.invariants.holder == name:  # noqa: ASYNC110 - virtual time
+                await trio.sleep(POLL_S)
 
     def happens(self, moment: str, name: str) -> None:
         """Somebody is in the midst of it now."""

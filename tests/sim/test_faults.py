@@ -146,6 +146,13 @@ def test_a_leader_that_comes_back_has_its_job_at_once_or_leaves_it_to_its_standb
     assert begun[:2] == ["scheduler", leads]
 
 
+def test_a_leader_that_is_back_at_the_moment_of_the_take_over_stands_by(tmp_path):
+    report = run(tmp_path, Fault(at_s=AT_S, kind="back-leader", for_s=1.0, pick=0.9), standby=True, deadline_s=10.0)
+    assert report.situations["started while another leads"] == 1
+    assert "deposed scheduler" not in report.situations
+    assert happened(report, "standby INFO scheduler: Job finished", "rounds=5")
+
+
 def test_what_the_journal_had_not_acknowledged_is_dropped(tmp_path):
     report = run(tmp_path, Fault(at_s=AT_S, kind="power-scheduler", for_s=1.0, pick=0.301))
     assert report.faults["torn write: scheduler"] == 1
