@@ -28,6 +28,9 @@ log = get_logger("training.ahead")
 # Each is a descriptor; where there are more, the round is merged when it is closed.
 INPUTS_MAX = 256
 
+# So long one that is here waits for those that still arrive, before it is screened by itself.
+OTHERS_WAIT_S = 0.2
+
 # Returns the step that merges these shares into files of its own.
 Begin = Callable[[Sequence[Share]], Step]
 
@@ -85,16 +88,16 @@ class Ahead:
     def found_sound(self, file: FileRef) -> bool:
         """Whether this update has been read to its end with others, and all of it is sound. False: not known.
 
-        Waits only where all of them are here: then the step is about to end.
+        Waits a moment for the end of the step, which reads what screening would read once more.
         """
         attempt = self._attempt
         if attempt is None or all(one.file != file for one in attempt.wanted.inputs):
             return False
-        if not attempt.begun.done() and not all(
-            (self._work_dir / one.file.path).exists() for one in attempt.wanted.inputs
-        ):
+        here = all((self._work_dir / one.file.path).exists() for one in attempt.wanted.inputs)
+        try:
+            return attempt.begun.result(None if here else OTHERS_WAIT_S) is not None
+        except TimeoutError:
             return False
-        return attempt.begun.result() is not None
 
     def give_up(self) -> None:
         """End what is under way, and remove what it wrote."""
