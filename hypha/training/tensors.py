@@ -44,7 +44,7 @@ PIECE_ELEMENTS = 1 << 18
 PIECES_BEHIND_MAX = 2
 # One for all files: what a step gives to its four files is still in the cache when its turn comes.
 _BEHIND = ThreadPoolExecutor(1, thread_name_prefix="tensors-writer")
-# What can wait, in a thread that leaves the processor to whoever cannot: it gets a quarter where all want the same core.
+# What can wait, in a thread that leaves the processor to whoever cannot: a quarter is its own where all want it.
 _ASIDE_NICENESS = 5
 _here = threading.local()
 
