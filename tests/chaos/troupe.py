@@ -106,7 +106,11 @@ class Node:
     @property
     def ready(self) -> bool:
         """Whether the process that runs has said so."""
-        return self.runs and self.said(STANDING_BY if STANDBY in self._options else READY[self.role])
+        if not self.runs:
+            return False
+        # A scheduler that comes back while another leads stands by, whether it was told to or not.
+        waits = self.role == "scheduler" and self.said(STANDING_BY)
+        return waits or (STANDBY not in self._options and self.said(READY[self.role]))
 
     def said(self, text: str) -> bool:
         """Whether the process that runs, or last ran, has written this."""
