@@ -21,6 +21,7 @@ from hypha.telemetry.tracing import (
     extracted,
     inject,
     span,
+    span_afterwards,
     span_from,
     start_span,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "metrics",
     "snapshot",
     "span",
+    "span_afterwards",
     "span_from",
     "start",
     "start_span",

@@ -16,8 +16,9 @@ The sampled flag is decided where a trace begins and travels in the traceparent 
 its flags read `03`: sampled, and a random trace id.
 """
 
+import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -127,6 +128,27 @@ def span_from(traceparent: str | None, name: str, **attributes: object) -> Itera
 
 
 @contextmanager
+def span_afterwards(parent: Callable[[], str | None], name: str, **attributes: object) -> Iterator[None]:
+    """Time a block whose parent is not known before it ends: only then `parent` is asked for its traceparent.
+
+    What is begun inside is no child of it.
+    """
+    began_ns, failure = time.time_ns(), None
+    try:
+        yield
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        handle = _begin(name, _context_for(parent(), root=True), attributes, start_ns=began_ns)
+        if isinstance(failure, Exception):
+            handle.fail(failure)
+        elif failure is not None:
+            handle.set(cancelled=True)
+        handle.end()
+
+
+@contextmanager
 def extracted(traceparent: str | None) -> Iterator[None]:
     """Make a remote span the current one; None or malformed text changes nothing."""
     context = None if _tracer is None else _parse(traceparent)
@@ -167,10 +189,12 @@ def deactivate() -> None:
     _tracer = None
 
 
-def _begin(name: str, context: "Context | None", attributes: Mapping[str, object]) -> Span:
+def _begin(
+    name: str, context: "Context | None", attributes: Mapping[str, object], *, start_ns: int | None = None
+) -> Span:
     if _tracer is None:
         return _NO_SPAN
-    return Span(_tracer.start_span(name, context=context, attributes=_clean(attributes)))
+    return Span(_tracer.start_span(name, context=context, attributes=_clean(attributes), start_time=start_ns))
 
 
 @contextmanager

@@ -17,12 +17,13 @@ import msgspec
 
 from hypha.protocol.bridge import SendAccepted, SendUpdate, Sent, TrainProgress, UpdateArrived
 from hypha.protocol.job import JobSpec
-from hypha.telemetry import get_logger, inject, span_from
+from hypha.telemetry import get_logger, inject
 from hypha.training import standing, tensors
 from hypha.training.batches import Feed
 from hypha.training.calls import Call
 from hypha.training.kept import Kept
 from hypha.training.session import BridgeRefused, Session
+from hypha.training.timing import timed
 from hypha.training.train import Trainer
 
 log = get_logger("training.overlap")
@@ -119,10 +120,10 @@ class Overlapping(Trainer):
 
     def run_ahead(self) -> None:
         """Train the next round; its update is sent as any other's once it has a base."""
-        following, round_, view = self.following, self.here + 1, self.outlook.view
+        following, round_ = self.following, self.here + 1
         assert following is not None, "an update was pushed"
         try:
-            with span_from(None if view is None else view.traceparent, "inner_steps", round=round_):
+            with timed(self.outlook, "inner_steps", round_):
                 following.update = self.train_round(following, round_)
         except BridgeRefused as refusal:
             self._refused(following, str(refusal), final=not refusal.retry)

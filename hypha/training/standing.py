@@ -94,6 +94,11 @@ class Outlook:
         self.behind_since: float | None = None
         self.push_s = 0.0  # how long our last update took to be delivered
 
+    @property
+    def traceparent(self) -> str | None:
+        """The trace of the newest view's round."""
+        return None if self.view is None else self.view.traceparent
+
     def take(self, event: Event) -> None:
         """Add one event; older views and lower closes than those known change nothing."""
         match event:

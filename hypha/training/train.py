@@ -49,6 +49,7 @@ from hypha.training.kept import Book, Kept, remove
 from hypha.training.session import BridgeRefused, Session
 from hypha.training.sources import fetch_preprocessor, fetch_source
 from hypha.training.supply import Supply
+from hypha.training.timing import timed
 
 log = get_logger("training.train")
 
@@ -218,13 +219,12 @@ class Trainer:
     def contribute(self) -> None:
         """Train the round where we stand and send the result, or send again what it gave; an event may end both."""
         kept = self.kept[self.here]
-        traceparent = None if self.outlook.view is None else self.outlook.view.traceparent
         try:
             if kept.update is None:
-                with span_from(traceparent, "inner_steps", round=self.here):
+                with timed(self.outlook, "inner_steps", self.here):
                     kept.update = self.train_round(kept, self.here)
             if kept.update is not None:
-                with span_from(traceparent, "push", round=self.here, samples=kept.update.samples):
+                with span_from(self.outlook.traceparent, "push", round=self.here, samples=kept.update.samples):
                     self.send(kept, kept.update)
         except BridgeRefused as refusal:
             self._refused(kept, str(refusal), final=not refusal.retry)

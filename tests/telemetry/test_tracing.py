@@ -4,8 +4,12 @@ import re
 
 import pytest
 import trio
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from hypha import telemetry
+from hypha.telemetry import tracing
 
 REMOTE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-03"
 UNSAMPLED = REMOTE[:-2] + "02"
@@ -118,3 +122,33 @@ def test_the_environments_sampler_wins(started, config):
     started(config(telemetry_sampler="always_on"), OTEL_TRACES_SAMPLER="traceidratio", OTEL_TRACES_SAMPLER_ARG="0")
     with telemetry.span("x") as span:
         assert span.traceparent.endswith("02")
+
+
+@pytest.fixture
+def exported():
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracing.activate(provider.get_tracer("test"))
+    yield exporter.get_finished_spans
+    tracing.deactivate()
+
+
+def test_a_parent_may_become_known_while_its_child_is_under_way(exported):
+    known = [None]
+    with telemetry.span_afterwards(lambda: known[0], "inner_steps", round=2), telemetry.span("within"):
+        known[0] = REMOTE
+    within, late = exported()
+    assert f"{late.context.trace_id:032x}" == trace_of(REMOTE)
+    assert (late.name, late.attributes["round"]) == ("inner_steps", 2)
+    assert late.start_time <= within.start_time
+    assert late.end_time >= within.end_time
+    assert within.parent is None
+
+
+@pytest.mark.parametrize(("error", "ok"), [(ValueError("why"), False), (KeyboardInterrupt(), True)])
+def test_what_ends_a_block_early_is_said_of_it_and_passes_through(exported, error, ok):
+    with pytest.raises(type(error)), telemetry.span_afterwards(lambda: REMOTE, "inner_steps"):
+        raise error
+    (late,) = exported()
+    assert late.status.is_ok == ok
+    assert late.attributes.get("cancelled") == (True if ok else None)
