@@ -15,6 +15,7 @@ USES = {
     "network/relay.py": "what py-libp2p says of a reservation; renewed at the latest after RENEW_MAX_S",
     "pki/authority.py": "dates of what is issued",
     "pki/identity.py": "dates of what is loaded",
+    "telemetry/tracing.py": "when a span began, of which is known only later where it belongs",
 }
 WALL = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "utcnow"), ("datetime", "today")}
 WALL_CLOCKS = {"CLOCK_REALTIME", "CLOCK_TAI"}
