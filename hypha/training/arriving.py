@@ -34,13 +34,16 @@ class Arriving:
         Raises RemoteProtocolError: they will not come.
         """
         look_s, stalled_at = LOOK_S, time.monotonic() + STALL_S
-        while self._have < stop:
+        while self._have < stop and not self._given_up.is_set():
             if self._grew():
                 look_s, stalled_at = LOOK_S, time.monotonic() + STALL_S
                 continue
-            if self._given_up.wait(look_s) or time.monotonic() > stalled_at:
-                raise RemoteProtocolError(f"{self.path.name} is not awaited any longer")
+            self._given_up.wait(look_s)
+            if time.monotonic() > stalled_at:
+                break
             look_s = min(2 * look_s, LOOK_S_MAX)
+        if self._have < stop or self._given_up.is_set():
+            raise RemoteProtocolError(f"{self.path.name} is not awaited any longer")
         return self._descriptor
 
     def close(self) -> None:

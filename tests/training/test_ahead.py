@@ -266,6 +266,17 @@ def test_a_file_that_is_removed_is_not_waited_for(tmp_path):
     arriving.close()
 
 
+def test_what_is_given_up_is_not_read_on_though_it_is_here(tmp_path):
+    (tmp_path / "update").write_bytes(b"12345678")
+    given_up = threading.Event()
+    arriving = Arriving(tmp_path / "update", 8, given_up)
+    assert arriving.until(8) >= 0
+    given_up.set()
+    with pytest.raises(RemoteProtocolError, match="update is not awaited any longer"):
+        arriving.until(8)
+    arriving.close()
+
+
 def test_a_file_that_stands_still_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr("hypha.training.arriving.STALL_S", 0.01)
     arriving = Arriving(tmp_path / "never", 8, threading.Event())
