@@ -3,14 +3,18 @@
 pki.root ──▶ pki.org ──▶ pki.node("worker-1", ["worker"]) ─▶ directory of PEM files, keys as in a configuration
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 from msgspec import Struct
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from hypha.pki import Identity, Issued, issue_crl, issue_node, issue_org, issue_root, load_identity, save
+from hypha.telemetry import tracing
 
 
 class NodeFiles(Struct, frozen=True):
@@ -74,3 +78,13 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
 def foreign_pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
     """Return another network, whose authorities bear the same names but other keys."""
     return Pki(tmp_path_factory.mktemp("foreign-pki"))
+
+
+@pytest.fixture
+def exported() -> Iterator[Callable[[], tuple[ReadableSpan, ...]]]:
+    """Record spans, and return what has ended so far when called."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracing.activate(provider.get_tracer("test"))
+    yield exporter.get_finished_spans
+    tracing.deactivate()

@@ -4,12 +4,8 @@ import re
 
 import pytest
 import trio
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from hypha import telemetry
-from hypha.telemetry import tracing
 
 REMOTE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-03"
 UNSAMPLED = REMOTE[:-2] + "02"
@@ -122,15 +118,6 @@ def test_the_environments_sampler_wins(started, config):
     started(config(telemetry_sampler="always_on"), OTEL_TRACES_SAMPLER="traceidratio", OTEL_TRACES_SAMPLER_ARG="0")
     with telemetry.span("x") as span:
         assert span.traceparent.endswith("02")
-
-
-@pytest.fixture
-def exported():
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    tracing.activate(provider.get_tracer("test"))
-    yield exporter.get_finished_spans
-    tracing.deactivate()
 
 
 def test_a_parent_may_become_known_while_its_child_is_under_way(exported):

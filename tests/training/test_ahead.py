@@ -10,22 +10,11 @@ from hypha.protocol.bridge import Merge, MergeDone, MergeInput, Prepare, Screen,
 from hypha.protocol.compression import Compression
 from hypha.training import aggregate, ahead, coded, outer, tensors
 from hypha.training.arriving import Arriving
+from tests.training.test_aggregate import NoEvaluation, Reports
 from tests.training.tiny_network import job_spec
 
 # More than a piece, so that a file has a middle.
 SHAPES = {"a": (tensors.PIECE_ELEMENTS + 5,), "b": (2, 2)}
-
-
-class Reports(list):
-    """A session that only listens."""
-
-    def report(self, report):
-        self.append(report)
-
-
-class NoEvaluation:
-    def submit(self, *_):
-        pass
 
 
 class Transfer:

@@ -1,24 +1,9 @@
 """In which trace a round's operations are: its own, also where that is named after they have begun."""
 
-import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-
 from hypha import telemetry
 from hypha.protocol.bridge import ViewChanged
-from hypha.telemetry import tracing
 from hypha.training.standing import Outlook
 from hypha.training.timing import timed
-
-
-@pytest.fixture
-def exported():
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    tracing.activate(provider.get_tracer("test"))
-    yield exporter.get_finished_spans
-    tracing.deactivate()
 
 
 def view(round_):
