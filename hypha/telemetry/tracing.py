@@ -141,10 +141,8 @@ def span_afterwards(parent: Callable[[], str | None], name: str, **attributes: o
         raise
     finally:
         handle = _begin(name, _context_for(parent(), root=True), attributes, start_ns=began_ns)
-        if isinstance(failure, Exception):
-            handle.fail(failure)
-        elif failure is not None:
-            handle.set(cancelled=True)
+        if failure is not None:
+            _say(handle, failure)
         handle.end()
 
 
@@ -202,15 +200,20 @@ def _entered(handle: Span) -> Iterator[Span]:
     try:
         with handle.current():
             yield handle
-    except Exception as error:
-        handle.fail(error)
-        raise
-    except BaseException:
-        # trio.Cancelled and KeyboardInterrupt: nobody wants the result any more; nothing failed here.
-        handle.set(cancelled=True)
+    except BaseException as error:
+        _say(handle, error)
         raise
     finally:
         handle.end()
+
+
+def _say(handle: Span, error: BaseException) -> None:
+    """Mark what ended with an error."""
+    if isinstance(error, Exception):
+        handle.fail(error)
+    else:
+        # trio.Cancelled and KeyboardInterrupt: nobody wants the result any more; nothing failed here.
+        handle.set(cancelled=True)
 
 
 @contextmanager

@@ -42,13 +42,12 @@ class Begun(Struct, frozen=True):
     made: Made
 
 
-class _Attempt:
+class _Attempt(Struct, frozen=True):
     """One Prepare, from its arrival to its end."""
 
-    def __init__(self, wanted: Prepare, given_up: threading.Event, begun: Future[Begun | None]) -> None:
-        self.wanted = wanted
-        self.given_up = given_up
-        self.begun = begun
+    wanted: Prepare
+    given_up: threading.Event
+    begun: Future[Begun | None]
 
 
 class Ahead:
