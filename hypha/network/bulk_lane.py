@@ -129,7 +129,7 @@ def _lane(bulk: BulkTransport, side: Side, terms: Terms, held: ExitStack, secure
         side.until_aborted,
         stall_s=terms.stall_s,
         count=terms.count,
-        with_writer=bulk.core_to_spare,
+        core_to_spare=bulk.core_to_spare,
     )
 
 

@@ -29,12 +29,12 @@ from hypha.network.lane import Read, Write
 from hypha.telemetry import metrics
 from hypha.telemetry.instruments import Counter
 
-# From one thread to another. Measured: smaller costs speed, larger gains none.
+# From one thread to another, and in one call where a core is to spare. Smaller costs speed, larger gains none, and a
+# sender that is given up after 120 s may then be as slow as 9 kB/s.
 CHUNK_BYTES = 1 << 20
 # Between the thread that receives and the one that writes: a disk may be late by so many chunks.
 BUFFERS = 4
-# Within one thread: read, hashed, encrypted while a core's own cache holds it, also where transfers take turns on it.
-# What counts as having moved, too: so little waits in one call that a slow link does not look like a dead one.
+# Where transfers take turns on a core: read, hashed, encrypted while its own cache holds it.
 PIECE_BYTES = 256 << 10
 # The watch looks this often at whether bytes move, and counts them.
 WATCH_S = 0.5
@@ -180,7 +180,7 @@ class BulkSocket:
         *,
         stall_s: float,
         count: Callable[[int], None],
-        with_writer: bool = True,
+        core_to_spare: bool = True,
     ) -> None:
         # Nagle would have cost the header 40 ms; the bytes to come are better off with it.
         secured.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
@@ -190,7 +190,7 @@ class BulkSocket:
         self._limiter = limiter
         self._ended = ended
         self._count = count
-        self._with_writer = with_writer
+        self._core_to_spare = core_to_spare
         self._moved = self._counted = 0
         self._writing = False
         self._stopped = ""
@@ -207,7 +207,7 @@ class BulkSocket:
 
         Raises PeerUnreachable, also once `ended` returns, and what `write` raises.
         """
-        if not self._with_writer:
+        if not self._core_to_spare:
             await self._run(metrics.NETWORK_BYTES_RECEIVED, lambda: self._receive_and_write(write, length))
             return
         buffers = _Buffers()
@@ -218,10 +218,10 @@ class BulkSocket:
     # --- in threads -------------------------------------------------------------------------------------------------
 
     def _send(self, read: Read, length: int) -> None:
-        buffer = memoryview(bytearray(PIECE_BYTES))
+        buffer = memoryview(bytearray(CHUNK_BYTES if self._core_to_spare else PIECE_BYTES))
         while self._moved < length:
             self._require_running()
-            filled = read(buffer[: min(PIECE_BYTES, length - self._moved)])
+            filled = read(buffer[: min(len(buffer), length - self._moved)])
             self._socket.sendall(buffer[:filled])
             self._moved += filled
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # pushes the tail out
@@ -254,11 +254,11 @@ class BulkSocket:
 
     def _fill(self, view: memoryview, put: Write) -> None:
         """Receive until the view is full, and pass on what came, also when the rest does not."""
-        filled = 0
+        filled, wanted = 0, len(view)
         try:
-            while filled < len(view):
+            while filled < wanted:
                 self._require_running()
-                came = self._socket.recv_into(view[filled:], len(view) - filled)  # finding out the length costs time
+                came = self._socket.recv_into(view[filled:], wanted - filled)  # finding out the length costs time
                 if not came:
                     raise ssl.SSLEOFError("ended before the last byte")
                 filled += came

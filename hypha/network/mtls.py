@@ -27,7 +27,7 @@ from libp2p.security.exceptions import HandshakeFailure
 from multiaddr import Multiaddr
 
 from hypha.errors import RemoteProtocolError
-from hypha.network.tls_pipe import TlsPipe
+from hypha.network.tls_pipe import RAW_READ_BYTES, TlsPipe
 from hypha.pki import Identity, PeerIdentity
 from hypha.telemetry import OncePerKey, get_logger, metrics
 
@@ -116,15 +116,12 @@ class SecureConn(BaseSession):
     async def read_exact(self, count: int) -> bytearray:
         """Return exactly `count` bytes, decrypted straight into the result."""
         whole = bytearray(count)
-        view = memoryview(whole)
-        got = 0
-        while got < count:
-            got += await self._read_into(view[got:])
+        await self._read_into(memoryview(whole), count)
         return whole
 
-    async def _read_into(self, view: memoryview) -> int:
+    async def _read_into(self, view: memoryview, least: int = 1) -> int:
         try:
-            return await self._pipe.read_into(view)
+            return await self._pipe.read_into(view, least)
         except ssl.SSLError as error:
             raise ConnectionClosedError(reason_of(error)) from error
 
@@ -172,6 +169,7 @@ class MutualTls(ISecureTransport):
         self._key = Ed25519PrivateKey.from_bytes(identity.private_key)
         self._local = ID.from_string(identity.peer_id)
         self._once = OncePerKey(log)
+        self._landing = memoryview(bytearray(RAW_READ_BYTES))
 
     async def secure_inbound(self, conn: IRawConnection) -> SecureConn:
         """Accept a dialer with a certificate of our CA. Raises HandshakeRefused."""
@@ -212,7 +210,7 @@ class MutualTls(ISecureTransport):
         return await self._secure(conn, self._identity.client_context(ALPN), judge)
 
     async def _secure(self, conn: IRawConnection, context: ssl.SSLContext, judge: Judge) -> SecureConn:
-        pipe = TlsPipe(conn, context, server_side=not conn.is_initiator)
+        pipe = TlsPipe(conn, context, server_side=not conn.is_initiator, landing=self._landing)
         try:
             with trio.fail_after(HANDSHAKE_S):
                 await pipe.handshake()

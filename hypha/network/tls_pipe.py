@@ -8,7 +8,6 @@ write is shielded from cancellation and bounded in time instead: a peer whose ke
 `WRITE_STALL_S` loses the connection.
 """
 
-import socket
 import ssl
 from contextlib import suppress
 
@@ -16,14 +15,13 @@ import trio
 from libp2p.abc import IRawConnection
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.io.exceptions import ConnectionClosedError
-from libp2p.io.trio import TrioTCPStream
-from libp2p.network.connection.raw_connection import RawConnection
 
-from hypha.network.drain import Drain
+from hypha.network.drain import FRAME_BYTES_MAX, Drain
+from hypha.network.tcp import tcp_of
 from hypha.telemetry import metrics
 
 # One read from the socket: a yamux frame's worth. More only moves bytes out of the kernel earlier.
-RAW_READ_BYTES = 256 << 10
+RAW_READ_BYTES = FRAME_BYTES_MAX
 # Through a relay frames come one by one, and reading less than a whole one would copy it.
 RELAYED_READ_BYTES = 1 << 20
 # A frame of 16 KiB takes 15 s only on a link of 1 kB/s; a frozen peer is noticed by keep-alives before that.
@@ -33,14 +31,18 @@ CLOSE_S = 1.0
 
 
 class TlsPipe:
-    """One TLS session. Reads and writes may run at the same time, but only one of each."""
+    """One TLS session. Reads and writes may run at the same time, but only one of each.
 
-    def __init__(self, raw: IRawConnection, context: ssl.SSLContext, *, server_side: bool) -> None:
+    `landing` takes what a socket delivers for the moment until the session has it: one for all sessions of a thread.
+    """
+
+    def __init__(self, raw: IRawConnection, context: ssl.SSLContext, *, server_side: bool, landing: memoryview) -> None:
         self.raw = raw
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
         self._write_lock = trio.Lock()
-        self._socket = _socket_of(raw)
+        self._socket = tcp_of(raw)
+        self._landing = landing
         self._drain = Drain()
         self._bound_unsent()
         self.closed = False
@@ -81,14 +83,20 @@ class TlsPipe:
         assert der is not None, "contexts require a certificate"
         return der
 
-    async def read_into(self, view: memoryview) -> int:
-        """Fill some of `view`; returns how many bytes, at least one.
+    async def read_into(self, view: memoryview, least: int = 1) -> int:
+        """Fill `view`, at least its first `least` bytes; returns how many.
 
         Raises ConnectionClosedError at the end, ssl.SSLError where the peer refused us or broke TLS.
         """
-        while True:
+        filled = 0
+        while filled < least:
             try:
-                count = self._tls.read(len(view), view)
+                # Record by record, 16 KiB at most, so a frame is many turns of this loop.
+                while filled < least:
+                    count = self._tls.read(len(view) - filled, view[filled:])
+                    if not count:
+                        raise ConnectionClosedError("the peer closed the connection")
+                    filled += int(count)
             except ssl.SSLWantReadError:
                 if self._outgoing.pending:
                     async with self._write_lock:
@@ -96,10 +104,7 @@ class TlsPipe:
                 await self._pull()
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
                 raise ConnectionClosedError("the peer closed the connection") from error
-            else:
-                if not count:
-                    raise ConnectionClosedError("the peer closed the connection")
-                return int(count)
+        return filled
 
     async def write(self, *parts: bytes | bytearray | memoryview) -> None:
         """Send the parts back to back; other writers come before or after all of them.
@@ -137,12 +142,22 @@ class TlsPipe:
             return
         record = self._outgoing.read()
         metrics.NETWORK_BYTES_SENT.add(len(record))
+        began = trio.current_time()
+        sent = 0 if self._socket is None else self._socket.send_now(record)
+        if sent < len(record):
+            await self._send_rest(record, sent)
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        if self._drain.took(len(record), began, trio.current_time()):
+            self._bound_unsent()
+
+    async def _send_rest(self, record: bytes, sent: int) -> None:
         with trio.move_on_after(WRITE_STALL_S) as stall:
             stall.shield = True
-            began = trio.current_time()
-            await self._send(record)
-            if self._drain.took(len(record), began, trio.current_time()):
-                self._bound_unsent()
+            if self._socket is None:
+                await self.raw.write(record)
+            else:
+                await self._socket.send_all(memoryview(record)[sent:])
         if stall.cancelled_caught:
             self.closed = True
             await self._close_raw()
@@ -151,34 +166,19 @@ class TlsPipe:
     def _bound_unsent(self) -> None:
         """Let one frame wait in the kernel, so that a small message behind it waits for one frame only."""
         if self._socket is not None:
-            with suppress(OSError, AttributeError):  # not on every system, and not once it is closed
-                # trio stops at 16 KiB of unsent data, which makes many sends of a large frame.
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, self._drain.frame_bytes)
+            self._socket.bound_unsent(self._drain.frame_bytes)
 
     async def _pull(self) -> None:
-        data = await self._receive()
+        data: bytes | memoryview
+        if self._socket is None:
+            data = await self.raw.read(RELAYED_READ_BYTES)
+        else:
+            data = self._landing[: await self._socket.receive_into(self._landing)]
         if not data:
             self._incoming.write_eof()
             raise ConnectionClosedError("the peer closed the connection")
         metrics.NETWORK_BYTES_RECEIVED.add(len(data))
         self._incoming.write(data)
-
-    async def _send(self, record: bytes) -> None:
-        if self._socket is None:
-            await self.raw.write(record)
-            return
-        try:
-            await self._socket.send_all(record)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionClosedError("the connection broke") from error
-
-    async def _receive(self) -> bytes | bytearray:
-        if self._socket is None:
-            return await self.raw.read(RELAYED_READ_BYTES)
-        try:
-            return await self._socket.receive_some(RAW_READ_BYTES)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionClosedError("the connection broke") from error
 
     async def _close_raw(self) -> None:
         with trio.move_on_after(CLOSE_S) as scope, suppress(BaseLibp2pError, OSError):
@@ -192,9 +192,3 @@ async def take(lock: trio.Lock) -> None:
         lock.acquire_nowait()
     except trio.WouldBlock:
         await lock.acquire()
-
-
-def _socket_of(raw: IRawConnection) -> trio.SocketStream | None:
-    """Return the socket under a plain TCP connection, so that four layers need not be crossed for every record."""
-    tcp = raw.stream if isinstance(raw, RawConnection) else None
-    return tcp.stream if isinstance(tcp, TrioTCPStream) else None
