@@ -7,6 +7,7 @@
 Speed is the best of REPETITIONS passes, all of which are in the detail: what else runs on the machine only slows one.
 """
 
+import argparse
 import os
 import time
 
@@ -59,6 +60,7 @@ def once(pieces: list[torch.Tensor], coding: Coding) -> dict[str, float]:
 
 def main() -> None:
     """Measure every codec and print."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     whole = torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(1)) * 0.01
     pieces = list(whole.view(-1, PIECE_ELEMENTS))

@@ -11,6 +11,7 @@ The same once more with `batch_sizes = "equal"` for comparison. The first round 
 second opens on what was measured in the first.
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -222,6 +223,7 @@ def out_of_proportion(batch: dict[str, float]) -> float:
 
 def main() -> None:
     """Measure and print."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = {sizes: shares(play(sizes)) for sizes in ("proportional", "equal")}
     fitted = found["proportional"]
     batch = fitted["batch"]

@@ -7,6 +7,7 @@
 Real processes with real certificates, as the demo starts them.
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -126,6 +127,7 @@ def help_s() -> list[float]:
 
 def main() -> None:
     """Measure and print."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     starts = help_s()
     with tempfile.TemporaryDirectory() as directory:
         nodes = trio.run(measure, Path(directory), set_up(Path(directory)))

@@ -2,6 +2,7 @@
 
     data node ══ fetch_slice ══▶ worker: file on tmpfs, file on disk; sha256 and blake3 by the manifest
     blocking TLS ═════════════▶ the same two processes, memory to memory                    baseline
+    nothing ──▶ worker: a file of the same size, plainly written               what the file alone takes, in the detail
     data node ══▶ eight workers in two processes, all at once                                fairness
     data node ══▶ worker ─ path ─▶ reader (the executor's `Rows`)                            samples per second
     HTTP ══▶ mosaicml-streaming, webdataset: the same samples, the same batches              peers
@@ -149,6 +150,10 @@ def speeds(bench: Bench, size: int) -> dict[str, list[dict[str, float]]]:
     ways = [(algorithm, place) for algorithm in ALGORITHMS for place in ("tmpfs", "disk")]
     for _ in range(REPETITIONS):
         runs.setdefault("blocking_tls", []).append(timed(bench, Command("blocking", bytes=size), size))
+        for place, directory in (("tmpfs", bench.shm), ("disk", bench.disk)):
+            command = Command("file", names=[LARGE], directory=str(directory), bytes=size)
+            runs.setdefault(f"file_alone_{place}", []).append(timed(bench, command, size))
+            (directory / LARGE).unlink()
         for algorithm, place in ways:
             directory = bench.shm if place == "tmpfs" else bench.disk
             command = Command("slices", f"large-{algorithm}", [LARGE], str(directory))
@@ -301,6 +306,7 @@ def figures_of(
     figures = [
         Figure(f"slice_{name}_to_blocking_tls", round(got / base, 3), SPEED_WANTED, "higher", "ratio")
         for name, got in median.items()
+        if not name.startswith("file_alone")
     ]
     figures.append(
         Figure("slowest_of_eight_to_mean", round(statistics.median(fair), 3), SHARE_WANTED, "higher", "ratio")

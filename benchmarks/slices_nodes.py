@@ -45,9 +45,11 @@ class Role(msgspec.Struct, frozen=True):
 
 
 class Command(msgspec.Struct, frozen=True):
-    """What to do: `cpu`, `blocking` (receive `bytes`), or `slices` (`names` in order, at each of so many `nodes`).
+    """What to do, and its arguments.
 
-    Without names, the nodes find out who provides the dataset, one after the other.
+    `cpu`; `blocking`: receive `bytes`; `file`: write as many into `names[0]`, which come from nowhere; `slices`: fetch
+    `names` in order, at each of so many `nodes`. Without names, the nodes find out who provides the dataset, one after
+    the other.
     """
 
     do: str
@@ -151,6 +153,9 @@ async def fetch(role: Role) -> None:
             before = cpu_s()
             if command.do == "blocking":
                 seconds = [await trio.to_thread.run_sync(_receive_blocking, role, command.bytes)]
+            elif command.do == "file":
+                path = Path(command.directory) / command.names[0]
+                seconds = [await trio.to_thread.run_sync(_write_file, path, command.bytes)]
             else:
                 chosen = workers[: command.nodes]
                 seconds = (
@@ -229,6 +234,14 @@ def _receive_blocking(role: Role, size: int) -> float:
         while left:
             left -= connection.recv_into(buffer)
         connection.sendall(b"\x01")
+    return time.perf_counter() - started
+
+
+def _write_file(path: Path, size: int) -> float:
+    piece, started = bytes(PIECE_BYTES), time.perf_counter()
+    with path.open("wb", buffering=0) as file:
+        for _ in range(size // PIECE_BYTES):
+            file.write(piece)
     return time.perf_counter() - started
 
 
