@@ -9,8 +9,8 @@ writes of n bytes in all took t seconds ─▶ n / t · WAIT_S ─▶ frame size
 WAIT_S = 0.1
 # Smaller ones cost more in headers and calls than they save: one is a TLS record.
 FRAME_BYTES_MIN = 16 << 10
-# Large frames cost less; reached by whatever moves 2.6 MB/s. Twice as large gain nothing, and a request beside them takes
-# 15 ms at most in place of 11.
+# Large frames cost less; reached by whatever moves 2.6 MB/s. Twice as large gain nothing, and a request beside them
+# takes 15 ms at most in place of 11.
 FRAME_BYTES_MAX = 256 << 10
 # What a new connection begins with, of which nothing is known yet: one that is fast grows within a MiB.
 FRAME_BYTES_FIRST = 32 << 10

@@ -303,7 +303,7 @@ class UpdateMade(BridgeMessage, frozen=True, kw_only=True):
     """First part of the answer to Merge: what is subtracted, and the digest of the model that it leads to.
 
     It may be sent to those who train; MergeDone follows, with the same update. Answered when they have it, or after a
-    second: what is left to do then disturbs nobody.
+    few seconds: what is left to do then disturbs nobody.
     """
 
     round: Count

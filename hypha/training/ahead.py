@@ -116,7 +116,10 @@ class Ahead:
                 return Begun(step, step.make())
             except (RemoteProtocolError, StoreError, OSError) as error:  # OSError: a base that went meanwhile
                 log.debug("Not merged ahead", round=wanted.round, reason=str(error))
-                span.fail(error)
+                if given_up.is_set():
+                    span.set(given_up=True)  # whatever came of that, nobody wanted it any more
+                else:
+                    span.fail(error)
                 return None
 
     def _share(self, one: MergeInput, given_up: threading.Event, stack: ExitStack) -> Share:

@@ -48,8 +48,10 @@ log = get_logger("worker.aggregator")
 
 # A Close is answered Merging after this long, so that no request outlives its sender's patience.
 MERGE_ANSWER_S = 5.0
-# What follows an update, and makes it durable, waits so long at most for the update's delivery.
+# What follows an update, and makes it durable, waits for the update's delivery: so long, and as long as its bytes take
+# on a link of 1 Gbit/s, at most.
 KEEP_WAIT_S = 1.0
+KEEP_BYTES_PER_S = 125e6
 
 
 class AggregateSession(Session):
@@ -285,7 +287,7 @@ class AggregateSession(Session):
                 self._update_made(report)
                 self.wake()
                 # The executor goes on to what nobody waits for, and would take cores and memory from the sending.
-                await self._broadcast.delivered(KEEP_WAIT_S)
+                await self._broadcast.delivered(KEEP_WAIT_S + report.update.bytes / KEEP_BYTES_PER_S)
             case bridge.MergeDone():
                 self._merge_done(report)
             case bridge.MergeFailed():

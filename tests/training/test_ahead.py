@@ -119,6 +119,20 @@ def test_a_close_with_others_gives_up_what_was_begun(server):
     assert [path.name for path in server.work_dir.glob("*ahead*")] == []
 
 
+@pytest.mark.parametrize(("sound", "failed"), [(True, False), (False, True)])
+def test_only_what_went_wrong_by_itself_shows_as_failed_in_the_trace(server, exported, sound, failed):
+    nonsense = {name: torch.full(shape, torch.nan) for name, shape in SHAPES.items()}
+    one = Transfer(server, 0, values=None if sound else nonsense)
+    prepare(server, [one])
+    if not sound:
+        one.land()
+        assert server.ahead.found_sound(one.file) is False
+    server.ahead.give_up()
+    (span,) = [span for span in exported() if span.name == "merge_ahead"]
+    assert span.status.is_ok is not failed
+    assert ("given_up" in span.attributes) is not failed
+
+
 @pytest.mark.parametrize("samples", [24, 0])
 def test_another_weight_is_another_merge(server, samples):
     transfers = [Transfer(server, number) for number in range(2)]

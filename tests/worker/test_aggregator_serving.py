@@ -15,6 +15,7 @@ from hypha.protocol.messages import (
     FetchModel,
     OuterUpdate,
 )
+from hypha.worker import aggregator
 from hypha.worker.aggregator import KEEP_WAIT_S
 from hypha.worker.broadcast import DELIVERY_WAIT_S
 from hypha.worker.resume import REFUSALS_MAX
@@ -123,15 +124,20 @@ async def test_the_rest_of_a_merge_does_not_disturb_who_is_being_sent_its_update
     assert (len(a.took), len(b.took)) == (1, 1)
 
 
-@pytest.mark.parametrize(("slow_s", "answered_after_s"), [(0.3, 0.3), (30.0, KEEP_WAIT_S)])
+@pytest.mark.parametrize(
+    ("slow_s", "moves_in_s", "answered_after_s"),
+    [(0.3, 0.0, 0.3), (30.0, 0.0, KEEP_WAIT_S), (30.0, 2.0, KEEP_WAIT_S + 2.0), (30.0, 9.0, DELIVERY_WAIT_S)],
+)
 async def test_the_rest_of_a_merge_begins_once_its_update_is_delivered_or_after_a_while(
-    slow_s, answered_after_s, autojump_clock, play
+    slow_s, moves_in_s, answered_after_s, autojump_clock, play, monkeypatch
 ):
     a, b = Trainer(play.here.peers[A]), Trainer(play.here.peers[B])
     b.slow_s = slow_s
     play.see(opened())
     await play.pushed()
     done = play.done()
+    if moves_in_s:
+        monkeypatch.setattr(aggregator, "KEEP_BYTES_PER_S", done.update.bytes / moves_in_s)
     play.session._close(play.close(), SCHEDULER)
     began = trio.current_time()
     made = bridge.UpdateMade(round=1, close=1, model_digest=done.model.digest, update=done.update)
