@@ -16,12 +16,12 @@ from libp2p.abc import IRawConnection
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.io.exceptions import ConnectionClosedError
 
-from hypha.network.drain import FRAME_BYTES_MAX, Drain
+from hypha.network.drain import Drain
 from hypha.network.tcp import tcp_of
 from hypha.telemetry import metrics
 
-# One read from the socket: a yamux frame's worth. More only moves bytes out of the kernel earlier.
-RAW_READ_BYTES = FRAME_BYTES_MAX
+# One read from the socket: others have their turn after each. More only moves bytes out of the kernel earlier.
+RAW_READ_BYTES = 256 << 10
 # Through a relay frames come one by one, and reading less than a whole one would copy it.
 RELAYED_READ_BYTES = 1 << 20
 # A frame of 16 KiB takes 15 s only on a link of 1 kB/s; a frozen peer is noticed by keep-alives before that.

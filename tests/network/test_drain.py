@@ -30,7 +30,7 @@ class Link:
 
 def test_a_fast_connection_soon_writes_large_frames():
     link = Link(1e9)
-    link.move(1 << 20)
+    link.move(2 << 20)
     assert set(link.move(8 << 20)) == {FRAME_BYTES_MAX}
 
 
