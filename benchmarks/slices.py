@@ -13,6 +13,7 @@ at the first run; without it their figures are left out, and the detail says why
 
 import argparse
 import http.server
+import itertools
 import shutil
 import statistics
 import subprocess
@@ -147,17 +148,14 @@ def timed(bench: Bench, command: Command, size: int) -> dict[str, float]:
 def speeds(bench: Bench, size: int) -> dict[str, list[dict[str, float]]]:
     """Time the baseline and every way of fetching, alternating; each file is removed at once."""
     runs: dict[str, list[dict[str, float]]] = {}
-    ways = [(algorithm, place) for algorithm in ALGORITHMS for place in ("tmpfs", "disk")]
+    places = {"tmpfs": bench.shm, "disk": bench.disk}
+    ways = [("file_alone", Command("file", names=[LARGE], bytes=size))]
+    ways += [(algorithm, Command("slices", f"large-{algorithm}", [LARGE])) for algorithm in ALGORITHMS]
     for _ in range(REPETITIONS):
         runs.setdefault("blocking_tls", []).append(timed(bench, Command("blocking", bytes=size), size))
-        for place, directory in (("tmpfs", bench.shm), ("disk", bench.disk)):
-            command = Command("file", names=[LARGE], directory=str(directory), bytes=size)
-            runs.setdefault(f"file_alone_{place}", []).append(timed(bench, command, size))
-            (directory / LARGE).unlink()
-        for algorithm, place in ways:
-            directory = bench.shm if place == "tmpfs" else bench.disk
-            command = Command("slices", f"large-{algorithm}", [LARGE], str(directory))
-            runs.setdefault(f"{algorithm}_{place}", []).append(timed(bench, command, size))
+        for (way, command), (place, directory) in itertools.product(ways, places.items()):
+            there = msgspec.structs.replace(command, directory=str(directory))
+            runs.setdefault(f"{way}_{place}", []).append(timed(bench, there, size))
             (directory / LARGE).unlink()
     return runs
 

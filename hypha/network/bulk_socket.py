@@ -20,12 +20,11 @@ from typing import TypeVar
 
 import trio
 from libp2p.abc import IRawConnection
-from libp2p.io.trio import TrioTCPStream
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.errors import HyphaError, PeerUnreachable
 from hypha.network.lane import Read, Write
+from hypha.network.tcp import stream_of
 from hypha.telemetry import metrics
 from hypha.telemetry.instruments import Counter
 
@@ -49,10 +48,10 @@ R = TypeVar("R")
 
 def take_socket(raw: IRawConnection) -> socket.socket:
     """Take the socket out of a raw connection, whose `close` does nothing any more. Raises HandshakeFailure."""
-    tcp = raw.stream if isinstance(raw, RawConnection) else None
-    if not isinstance(tcp, TrioTCPStream):
+    stream = stream_of(raw)
+    if stream is None:
         raise HandshakeFailure("bulk needs a TCP connection of its own")
-    return plain_of(tcp.stream)
+    return plain_of(stream)
 
 
 def plain_of(stream: trio.SocketStream) -> socket.socket:

@@ -64,10 +64,10 @@ class TcpSocket:
                     data = data[os.write(self._socket.fileno(), data) :]
 
 
-def tcp_of(raw: IRawConnection) -> TcpSocket | None:
+def stream_of(raw: IRawConnection) -> trio.SocketStream | None:
     """Return the socket under a connection, past four layers of py-libp2p's; None where a relay's stream carries it."""
     tcp = raw.stream if isinstance(raw, RawConnection) else None
-    return TcpSocket(tcp.stream) if isinstance(tcp, TrioTCPStream) else None
+    return tcp.stream if isinstance(tcp, TrioTCPStream) else None
 
 
 @contextmanager

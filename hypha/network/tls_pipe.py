@@ -17,7 +17,7 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.io.exceptions import ConnectionClosedError
 
 from hypha.network.drain import Drain
-from hypha.network.tcp import tcp_of
+from hypha.network.tcp import TcpSocket, stream_of
 from hypha.telemetry import metrics
 
 # One read from the socket: others have their turn after each. More only moves bytes out of the kernel earlier.
@@ -41,7 +41,8 @@ class TlsPipe:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
         self._write_lock = trio.Lock()
-        self._socket = tcp_of(raw)
+        stream = stream_of(raw)
+        self._socket = None if stream is None else TcpSocket(stream)
         self._landing = landing
         self._drain = Drain()
         self._bound_unsent()
@@ -89,14 +90,9 @@ class TlsPipe:
         Raises ConnectionClosedError at the end, ssl.SSLError where the peer refused us or broke TLS.
         """
         filled = 0
-        while filled < least:
+        while filled < least:  # record by record, 16 KiB at most
             try:
-                # Record by record, 16 KiB at most, so a frame is many turns of this loop.
-                while filled < least:
-                    count = self._tls.read(len(view) - filled, view[filled:])
-                    if not count:
-                        raise ConnectionClosedError("the peer closed the connection")
-                    filled += int(count)
+                count = self._tls.read(len(view) - filled, view[filled:])
             except ssl.SSLWantReadError:
                 if self._outgoing.pending:
                     async with self._write_lock:
@@ -104,6 +100,10 @@ class TlsPipe:
                 await self._pull()
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
                 raise ConnectionClosedError("the peer closed the connection") from error
+            else:
+                if not count:
+                    raise ConnectionClosedError("the peer closed the connection")
+                filled += int(count)
         return filled
 
     async def write(self, *parts: bytes | bytearray | memoryview) -> None:
